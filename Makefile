@@ -1,0 +1,57 @@
+# Everything one does with this project. `make` alone lists it.
+# Each target first makes .venv, from pyproject.toml and constraints.txt, unless it is there and newer than both.
+
+PYTHON ?= $(shell for python in python3.11 python3; do \
+	$$python -c '' 2>/dev/null && { echo $$python; break; }; done)
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint types check bench-smoke clean
+
+help: ## List the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
+
+setup: $(READY) ## Make .venv from pyproject.toml and constraints.txt
+
+# The stamp is the last thing written: an installation that broke off half-way is begun again from nothing.
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { \
+		echo "No Python found. Install Python 3.11, or name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "$(PYTHON) is $$($(PYTHON) --version 2>&1), but Python 3.11 or newer is needed." >&2; \
+		echo "Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "Making $(VENV) with $$($(PYTHON) --version): several gigabytes, a few minutes"
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP_INSTALL) hatchling editables
+	@$(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+demo: $(READY) ## Fuse seven real architectures; compare gradients, memory and time
+	@$(BIN)/python -m bench.demo
+
+test: $(READY) ## Run the fast tests
+	@$(BIN)/python -m pytest
+
+test-all: $(READY) ## Run every test, the slow ones too
+	@$(BIN)/python -m pytest -m ''
+
+lint: $(READY) ## Check style and formatting
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(READY) ## Check the types
+	@$(BIN)/mypy
+
+check: lint types test ## Lint, types and fast tests: what must pass before a commit
+
+bench-smoke: $(READY) ## Run every benchmark at toy size
+	@$(BIN)/python -m bench.demo --smoke
+
+clean: ## Remove .venv, caches and build results
+	@rm -rf $(VENV) build dist site htmlcov .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,30 @@
+"""Where a measurement was made: what one needs to know to repeat it."""
+
+import platform
+import re
+from pathlib import Path
+
+import timm
+import torch
+import torchvision
+
+
+def describe() -> dict[str, str | int]:
+    """Names the machine's processor and operating system, and the versions that matter."""
+    return {
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists() and (match := re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())):
+        return match[1]
+    return platform.processor() or platform.machine()

@@ -1,0 +1,29 @@
+"""convbn_fx: convolution and frozen batch norm as one convolution, while everything still trains.
+
+A `torch.fx` pass for models whose batch norms are in Eval mode (frozen statistics): see
+[`transform`][convbn_fx.transform].
+"""
+
+from convbn_fx import functional, kinds, memory, testing
+from convbn_fx.api import report, transform
+from convbn_fx.kinds import register_batch_norm, register_conv
+from convbn_fx.records import Pair, Report, Skip, SkipReason
+from convbn_fx.tracing import TracingError, symbolic_trace
+
+__all__ = [
+    "Pair",
+    "Report",
+    "Skip",
+    "SkipReason",
+    "TracingError",
+    "functional",
+    "kinds",
+    "memory",
+    "register_batch_norm",
+    "register_conv",
+    "report",
+    "symbolic_trace",
+    "testing",
+    "transform",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,83 @@
+"""A GraphModule that stays what its root was.
+
+`torch.fx.GraphModule` keeps of its root only what the graph refers to, and forgets hooks, attributes and `meta` when
+copied or unpickled. Checkpoints, however, hold the unused sub-modules too. Here the root's whole state is shared:
+its children are the very same modules, its parameters and buffers the very same tensors.
+"""
+
+from types import MethodType
+from typing import Any, Final
+
+import torch
+from torch import nn
+from torch.fx.graph_module import reduce_graph_module
+
+# What belongs to one GraphModule and its graph, or is merged below.
+_NOT_SHARED: Final = frozenset(
+    {
+        "_graph",
+        "_code",
+        "_lineno_map",
+        "_prologue_start",
+        "_tracer_cls",
+        "_tracer_extras",
+        "_replace_hooks",
+        "_create_node_hooks",
+        "_erase_node_hooks",
+        "_deepcopy_hooks",
+        "shape_env",
+        "forward",
+        "_modules",
+        "_parameters",
+        "_buffers",
+        "_non_persistent_buffers_set",
+    }
+)
+
+
+class GraphModule(torch.fx.GraphModule):
+    """A `torch.fx.GraphModule` with all of its root's sub-modules, buffers, hooks and attributes, used or not.
+
+    Args:
+        root: The module that the graph was traced from, or another GraphModule.
+        graph: The graph to run, whose targets are qualified names in `root`.
+        class_name: Name of the class, for printing.
+    """
+
+    def __init__(
+        self, root: nn.Module | dict[str, Any], graph: torch.fx.Graph, class_name: str = "GraphModule"
+    ) -> None:
+        super().__init__(root, graph, class_name)
+        if isinstance(root, nn.Module):
+            self._share_state(root)
+
+    def _share_state(self, root: nn.Module) -> None:
+        # Tensors that tracing made constants, and tensors that are plain attributes, are no part of a checkpoint.
+        constants = {name: tensor for name, tensor in self._buffers.items() if name not in root._buffers}
+        self._non_persistent_buffers_set = root._non_persistent_buffers_set | set(constants)
+        self._buffers = {**root._buffers, **constants}
+        self._parameters = dict(root._parameters)
+        self._modules = {**self._modules, **root._modules}
+        for name, value in vars(root).items():
+            if name in _NOT_SHARED or name in constants:
+                continue
+            if isinstance(value, (dict, list, set)):
+                value = value.copy()  # hooks added to one are not added to the other
+            elif isinstance(value, MethodType) and value.__self__ is root:
+                value = MethodType(value.__func__, self)
+            vars(self)[name] = value
+
+    def _deepcopy_init(self) -> Any:
+        return GraphModule.__init__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles as `torch.fx.GraphModule` does, by generated code; unpickling makes this class again."""
+        _, (state, import_block) = super().__reduce__()
+        return _rebuild, (state, import_block, type(self).__name__)
+
+
+def _rebuild(state: dict[str, Any], import_block: str, class_name: str) -> GraphModule:
+    graph = reduce_graph_module(dict(state), import_block).graph
+    root = nn.Module()
+    vars(root).update(state)
+    return GraphModule(root, graph, class_name)

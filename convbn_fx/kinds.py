@@ -1,0 +1,471 @@
+"""The table of kinds: which modules and functions are convolutions and batch norms, and where their operands lie.
+
+A *kind* knows how to turn one call, of a module or of a function, into the same normal form: the input and a
+[`Convolution`][convbn_fx.kinds.Convolution] or [`BatchNorm`][convbn_fx.kinds.BatchNorm] tuple of operands. It does so
+alike for tensors (when a module is called) and for graph nodes (when a function call is matched), so that nothing
+behind this file needs to know which spelling a model used.
+
+A class is in the table by identity, never by `isinstance`: what a subclass's own forward does is unknown.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Final, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+
+aten = torch.ops.aten
+
+
+class Convolution(NamedTuple):
+    """Operands of a functional convolution or linear layer, besides its input.
+
+    The tensors are tensors at run time and graph nodes in a rewritten graph. `op` says which PyTorch function is
+    meant (autocast treats `conv2d` and `convolution` differently): a key of
+    [`OPERATIONS`][convbn_fx.functional.OPERATIONS].
+    """
+
+    op: str
+    weight: Any
+    bias: Any = None
+    stride: Any = 1
+    padding: Any = 0
+    dilation: Any = 1
+    transposed: bool = False
+    output_padding: Any = 0
+    groups: Any = 1
+
+
+class BatchNorm(NamedTuple):
+    """Operands of a batch norm with frozen statistics, besides its input: four vectors of shape (C,), and eps."""
+
+    running_mean: Any
+    running_var: Any
+    weight: Any = None
+    bias: Any = None
+    eps: Any = 1e-5
+
+
+@dataclass(frozen=True)
+class ConvolutionKind:
+    """A row of the table: a module class or a function that is linear in a weight, plus a bias per output channel.
+
+    Attributes:
+        name: What the report calls it.
+        operands: Given one call's arguments (for a module, the module first), returns `(input, Convolution)`.
+        batched_rank: Number of dimensions of a batched input, None where only the weight's rank tells.
+        methods: For a class, the methods its forward consists of, as they were when it was registered.
+    """
+
+    name: str
+    operands: Callable[..., tuple[Any, Convolution]]
+    batched_rank: int | None = None
+    methods: tuple[tuple[str, object], ...] = ()
+
+
+@dataclass(frozen=True)
+class BatchNormKind:
+    """A row of the table: a module class or a function that normalises dimension 1 by running statistics in Eval mode.
+
+    Attributes:
+        name: What the report calls it.
+        operands: For a module: given the module, returns its `BatchNorm`. For a function: given one call's
+            arguments, returns `(input, training, BatchNorm)`.
+        accepted_ranks: Numbers of dimensions of an input that the forward accepts; None for any from 2 on.
+        output_index: Which element of a tuple the normalised tensor is; None where it is the only result.
+        methods: For a class, the methods its forward consists of, as they were when it was registered.
+        statistics: For a class, the attributes that are None where it normalises by the batch's own statistics.
+    """
+
+    name: str
+    operands: Callable[..., Any]
+    accepted_ranks: tuple[int, ...] | None = None
+    output_index: int | None = None
+    methods: tuple[tuple[str, object], ...] = ()
+    statistics: tuple[str, ...] = ("running_mean", "running_var")
+
+    def has_statistics(self, module: nn.Module) -> bool:
+        """Whether the module has running statistics to normalise by in Eval mode."""
+        return all(getattr(module, name) is not None for name in self.statistics)
+
+    def accepts(self, rank: int) -> bool:
+        """Whether an input of `rank` dimensions is one that the forward accepts."""
+        return rank >= 2 if self.accepted_ranks is None else rank in self.accepted_ranks
+
+
+# --- How modules hold their operands -----------------------------------------------------------------------------
+
+
+def _conv_module(op: str) -> Callable[..., tuple[Tensor, Convolution]]:
+    def operands(module: Any, input: Tensor) -> tuple[Tensor, Convolution]:
+        padding = module.padding
+        if module.padding_mode != "zeros":
+            input = F.pad(input, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+            padding = 0
+        return input, Convolution(
+            op, module.weight, module.bias, module.stride, padding, module.dilation, groups=module.groups
+        )
+
+    return operands
+
+
+def _conv_transpose_module(op: str, spatial_rank: int) -> Callable[..., tuple[Tensor, Convolution]]:
+    def operands(
+        module: Any, input: Tensor, output_size: list[int] | None = None
+    ) -> tuple[Tensor, Convolution]:
+        output_padding = module._output_padding(
+            input,
+            output_size,
+            module.stride,
+            module.padding,
+            module.kernel_size,
+            spatial_rank,
+            module.dilation,
+        )
+        return input, Convolution(
+            op,
+            module.weight,
+            module.bias,
+            module.stride,
+            module.padding,
+            module.dilation,
+            True,
+            output_padding,
+            module.groups,
+        )
+
+    return operands
+
+
+def _linear_module(module: Any, input: Tensor) -> tuple[Tensor, Convolution]:
+    return input, Convolution("linear", module.weight, module.bias)
+
+
+def _batch_norm_module(module: Any) -> BatchNorm:
+    return BatchNorm(module.running_mean, module.running_var, module.weight, module.bias, module.eps)
+
+
+# --- How functions are called: these signatures are those of the functions ----------------------------------------
+
+
+def _conv_call(op: str) -> Callable[..., tuple[Any, Convolution]]:
+    def operands(
+        input: Any,
+        weight: Any,
+        bias: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: Any = 1,
+    ) -> tuple[Any, Convolution]:
+        return input, Convolution(op, weight, bias, stride, padding, dilation, groups=groups)
+
+    return operands
+
+
+def _conv_transpose_call(op: str) -> Callable[..., tuple[Any, Convolution]]:
+    def operands(
+        input: Any,
+        weight: Any,
+        bias: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: Any = 1,
+        dilation: Any = 1,
+    ) -> tuple[Any, Convolution]:
+        return input, Convolution(op, weight, bias, stride, padding, dilation, True, output_padding, groups)
+
+    return operands
+
+
+def _convolution_call(
+    input: Any,
+    weight: Any,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: Any,
+) -> tuple[Any, Convolution]:
+    return input, Convolution(
+        "convolution", weight, bias, stride, padding, dilation, transposed, output_padding, groups
+    )
+
+
+def _linear_call(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Convolution]:
+    return input, Convolution("linear", weight, bias)
+
+
+def _functional_batch_norm_call(
+    input: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: Any = False,
+    momentum: Any = 0.1,
+    eps: Any = 1e-5,
+) -> tuple[Any, Any, BatchNorm]:
+    return input, training, BatchNorm(running_mean, running_var, weight, bias, eps)
+
+
+def _batch_norm_call(
+    input: Any,
+    weight: Any,
+    bias: Any,
+    running_mean: Any,
+    running_var: Any,
+    training: Any,
+    momentum: Any,
+    eps: Any,
+    cudnn_enabled: Any = True,
+) -> tuple[Any, Any, BatchNorm]:
+    return input, training, BatchNorm(running_mean, running_var, weight, bias, eps)
+
+
+def _batch_norm_no_training_call(
+    input: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, momentum: Any, eps: Any
+) -> tuple[Any, Any, BatchNorm]:
+    return input, False, BatchNorm(running_mean, running_var, weight, bias, eps)
+
+
+# --- The table ---------------------------------------------------------------------------------------------------
+
+# Whatever a forward of torch.nn's convolutions and batch norms calls on itself: overridden on a class or patched on an
+# instance, the forward is no longer the one that this table describes.
+_FORWARD_METHODS: Final = (
+    "forward",
+    "_conv_forward",
+    "_output_padding",
+    "_check_input_dim",
+    "_check_non_zero_input_channels",
+    "_call_impl",
+)
+
+
+def _methods(cls: type[nn.Module]) -> tuple[tuple[str, object], ...]:
+    return tuple((name, getattr(cls, name)) for name in _FORWARD_METHODS if hasattr(cls, name))
+
+
+def _conv_row(
+    cls: type[nn.Module], operands: Callable[..., tuple[Any, Convolution]], batched_rank: int
+) -> ConvolutionKind:
+    return ConvolutionKind(cls.__name__, operands, batched_rank, _methods(cls))
+
+
+def _batch_norm_row(cls: type[nn.Module], accepted_ranks: tuple[int, ...] | None) -> BatchNormKind:
+    return BatchNormKind(cls.__name__, _batch_norm_module, accepted_ranks, methods=_methods(cls))
+
+
+_CONVOLUTION_CLASSES: dict[type[nn.Module], ConvolutionKind] = {
+    nn.Conv1d: _conv_row(nn.Conv1d, _conv_module("conv1d"), 3),
+    nn.Conv2d: _conv_row(nn.Conv2d, _conv_module("conv2d"), 4),
+    nn.Conv3d: _conv_row(nn.Conv3d, _conv_module("conv3d"), 5),
+    nn.ConvTranspose1d: _conv_row(nn.ConvTranspose1d, _conv_transpose_module("conv_transpose1d", 1), 3),
+    nn.ConvTranspose2d: _conv_row(nn.ConvTranspose2d, _conv_transpose_module("conv_transpose2d", 2), 4),
+    nn.ConvTranspose3d: _conv_row(nn.ConvTranspose3d, _conv_transpose_module("conv_transpose3d", 3), 5),
+    nn.Linear: _conv_row(nn.Linear, _linear_module, 2),
+}
+
+_BATCH_NORM_CLASSES: dict[type[nn.Module], BatchNormKind] = {
+    nn.BatchNorm1d: _batch_norm_row(nn.BatchNorm1d, (2, 3)),
+    nn.BatchNorm2d: _batch_norm_row(nn.BatchNorm2d, (4,)),
+    nn.BatchNorm3d: _batch_norm_row(nn.BatchNorm3d, (5,)),
+    nn.SyncBatchNorm: _batch_norm_row(nn.SyncBatchNorm, None),
+}
+
+CONVOLUTION_FUNCTIONS: Final[dict[object, ConvolutionKind]] = {
+    torch.conv1d: ConvolutionKind("conv1d", _conv_call("conv1d"), 3),
+    torch.conv2d: ConvolutionKind("conv2d", _conv_call("conv2d"), 4),
+    torch.conv3d: ConvolutionKind("conv3d", _conv_call("conv3d"), 5),
+    torch.conv_transpose1d: ConvolutionKind("conv_transpose1d", _conv_transpose_call("conv_transpose1d"), 3),
+    torch.conv_transpose2d: ConvolutionKind("conv_transpose2d", _conv_transpose_call("conv_transpose2d"), 4),
+    torch.conv_transpose3d: ConvolutionKind("conv_transpose3d", _conv_transpose_call("conv_transpose3d"), 5),
+    torch.convolution: ConvolutionKind("convolution", _convolution_call),
+    F.linear: ConvolutionKind("linear", _linear_call, 2),
+    aten.conv1d.default: ConvolutionKind("aten.conv1d", _conv_call("conv1d"), 3),
+    aten.conv1d.padding: ConvolutionKind("aten.conv1d", _conv_call("conv1d"), 3),
+    aten.conv2d.default: ConvolutionKind("aten.conv2d", _conv_call("conv2d"), 4),
+    aten.conv2d.padding: ConvolutionKind("aten.conv2d", _conv_call("conv2d"), 4),
+    aten.conv3d.default: ConvolutionKind("aten.conv3d", _conv_call("conv3d"), 5),
+    aten.conv3d.padding: ConvolutionKind("aten.conv3d", _conv_call("conv3d"), 5),
+    aten.conv_transpose1d.default: ConvolutionKind(
+        "aten.conv_transpose1d", _conv_transpose_call("conv_transpose1d"), 3
+    ),
+    aten.conv_transpose2d.input: ConvolutionKind(
+        "aten.conv_transpose2d", _conv_transpose_call("conv_transpose2d"), 4
+    ),
+    aten.conv_transpose3d.input: ConvolutionKind(
+        "aten.conv_transpose3d", _conv_transpose_call("conv_transpose3d"), 5
+    ),
+    aten.convolution.default: ConvolutionKind("aten.convolution", _convolution_call),
+    aten.linear.default: ConvolutionKind("aten.linear", _linear_call, 2),
+}
+
+BATCH_NORM_FUNCTIONS: Final[dict[object, BatchNormKind]] = {
+    F.batch_norm: BatchNormKind("batch_norm", _functional_batch_norm_call),
+    torch.batch_norm: BatchNormKind("batch_norm", _batch_norm_call),
+    aten.batch_norm.default: BatchNormKind("aten.batch_norm", _batch_norm_call),
+    torch.native_batch_norm: BatchNormKind("native_batch_norm", _batch_norm_call, output_index=0),
+    aten.native_batch_norm.default: BatchNormKind("aten.native_batch_norm", _batch_norm_call, output_index=0),
+    aten._native_batch_norm_legit.default: BatchNormKind(
+        "aten._native_batch_norm_legit", _batch_norm_call, output_index=0
+    ),
+    aten._native_batch_norm_legit_no_training.default: BatchNormKind(
+        "aten._native_batch_norm_legit_no_training", _batch_norm_no_training_call, output_index=0
+    ),
+    aten._batch_norm_no_update.default: BatchNormKind(
+        "aten._batch_norm_no_update", _batch_norm_no_training_call, output_index=0
+    ),
+}
+
+
+# --- Look-ups ----------------------------------------------------------------------------------------------------
+
+
+def convolution_kind(module: nn.Module) -> ConvolutionKind | None:
+    """The row of a convolution module, or None if its forward is not one that the table knows.
+
+    Parametrised modules count as what they were before; lazy ones as what they become, once initialised. Neither a
+    subclass nor an instance or class whose methods were replaced is known.
+    """
+    kind = _CONVOLUTION_CLASSES.get(parametrize.type_before_parametrizations(module))
+    return kind if kind is not None and _is_untouched(module, kind.methods) else None
+
+
+def batch_norm_kind(module: nn.Module) -> BatchNormKind | None:
+    """The row of a batch-norm module, or None if its forward is not one that the table knows."""
+    kind = _BATCH_NORM_CLASSES.get(parametrize.type_before_parametrizations(module))
+    return kind if kind is not None and _is_untouched(module, kind.methods) else None
+
+
+def _is_untouched(module: nn.Module, methods: tuple[tuple[str, object], ...]) -> bool:
+    cls, attributes = type(module), vars(module)
+    return all(name not in attributes and getattr(cls, name) is method for name, method in methods)
+
+
+def resembles_convolution(module: nn.Module) -> bool:
+    """Whether a user would call the module a convolution (or linear layer), its forward known or not."""
+    return isinstance(module, (_ConvNd, nn.Linear)) or type(module) in _CONVOLUTION_CLASSES
+
+
+def resembles_batch_norm(module: nn.Module) -> bool:
+    """Whether a user would call the module a batch norm, its forward known or not."""
+    return isinstance(module, _BatchNorm) or type(module) in _BATCH_NORM_CLASSES
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module runs more than its forward: hooks of any kind on it (global ones aside)."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+# --- Registration ------------------------------------------------------------------------------------------------
+
+
+def register_conv(
+    cls: type[nn.Module],
+    *,
+    like: type[nn.Module] | None = None,
+    operands: Callable[..., tuple[Tensor, Convolution]] | None = None,
+) -> None:
+    """Adds a convolution class to the table, for all later calls of the pass.
+
+    By registering it you promise that calling the module equals calling the functional convolution that `operands`
+    describes, for any weight and bias put in place of its own.
+
+    Args:
+        cls: The class itself; its subclasses are not meant.
+        like: A class in the table whose forward `cls` computes, from the same attributes. By default the nearest
+            base class of `cls` in the table.
+        operands: Instead of `like`: given the module and the arguments of its call, returns the input tensor (padded
+            or reshaped as the forward does, batch first) and the [`Convolution`][convbn_fx.kinds.Convolution].
+
+    Raises:
+        TypeError: `cls` is no `torch.nn.Module` class, or nothing tells what its forward computes.
+
+    Example:
+        ```python
+        class PaddedConv(torch.nn.Conv2d):  # its forward pads on the right, then convolves
+            def forward(self, input):
+                return super().forward(F.pad(input, (0, 1, 0, 1)))
+
+        def operands(module, input):
+            return F.pad(input, (0, 1, 0, 1)), Convolution("conv2d", module.weight, module.bias, module.stride)
+
+        convbn_fx.register_conv(PaddedConv, operands=operands)
+        ```
+    """
+    if operands is not None and like is None and _is_module_class(cls):
+        row = ConvolutionKind(cls.__name__, operands)
+    else:
+        row = _row_like(cls, like, _CONVOLUTION_CLASSES, "register_conv")
+    _CONVOLUTION_CLASSES[cls] = replace(row, name=cls.__name__, methods=_methods(cls))
+
+
+def register_batch_norm(
+    cls: type[nn.Module],
+    *,
+    like: type[nn.Module] | None = None,
+    operands: Callable[[Any], BatchNorm] | None = None,
+) -> None:
+    """Adds a batch-norm class to the table, for all later calls of the pass.
+
+    By registering it you promise that in Eval mode (`module.training` False) calling the module equals
+    `F.batch_norm` with the operands and frozen statistics, and nothing more (no activation).
+
+    Args:
+        cls: The class itself; its subclasses are not meant.
+        like: A class in the table whose forward `cls` computes, from the same attributes. By default the nearest
+            base class of `cls` in the table.
+        operands: Instead of `like`: given the module, returns its [`BatchNorm`][convbn_fx.kinds.BatchNorm].
+
+    Raises:
+        TypeError: `cls` is no `torch.nn.Module` class, or nothing tells what its forward computes.
+
+    Example:
+        ```python
+        class MyBatchNorm(torch.nn.BatchNorm2d): ...
+
+        convbn_fx.register_batch_norm(MyBatchNorm)
+        ```
+    """
+    if operands is not None and like is None and _is_module_class(cls):
+        row = BatchNormKind(cls.__name__, operands, statistics=())
+    else:
+        row = _row_like(cls, like, _BATCH_NORM_CLASSES, "register_batch_norm")
+    _BATCH_NORM_CLASSES[cls] = replace(row, name=cls.__name__, methods=_methods(cls))
+
+
+Row = TypeVar("Row", ConvolutionKind, BatchNormKind)
+
+
+def _is_module_class(cls: object) -> bool:
+    return isinstance(cls, type) and issubclass(cls, nn.Module)
+
+
+def _row_like(
+    cls: type[nn.Module], like: type[nn.Module] | None, table: dict[type[nn.Module], Row], function: str
+) -> Row:
+    if not _is_module_class(cls):
+        raise TypeError(f"{function}: expected a subclass of torch.nn.Module, got {cls!r}")
+    candidates = cls.__mro__ if like is None else (like,)
+    for candidate in candidates:
+        if candidate in table:
+            return table[candidate]
+    known = ", ".join(known_cls.__name__ for known_cls in table)
+    raise TypeError(
+        f"{function}: cannot tell what {cls.__qualname__} computes. Pass operands=..., or like= one of: {known}"
+    )

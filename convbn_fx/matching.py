@@ -1,0 +1,356 @@
+"""find_pairs: which batch norms of a graph can be fused into the convolution before them. Reads only.
+
+One small predicate per reason to refuse, in the order in which a user would ask.
+"""
+
+import inspect
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+from torch.nn import functional as F
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from convbn_fx import functional, kinds
+from convbn_fx.kinds import BatchNormKind, ConvolutionKind
+from convbn_fx.records import Match, Pair, Skip, SkipReason
+
+
+class _Refusal(Exception):
+    """Raised inside this module where a predicate says no."""
+
+    def __init__(self, reason: SkipReason, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
+def find_pairs(graph_module: GraphModule, include_training: bool = False) -> tuple[list[Match], list[Skip]]:
+    """Finds the pairs of a graph, and every batch norm that is none.
+
+    Args:
+        graph_module: The graph to read; it is not changed.
+        include_training: Take pairs whose batch norm is in Train mode too (their calls look at the mode).
+
+    Returns:
+        The pairs in graph order, and a `Skip` for every other batch norm that the model holds.
+    """
+    matches: list[Match] = []
+    skips: list[Skip] = []
+    for node in graph_module.graph.nodes:
+        name = _batch_norm_name(node, graph_module)
+        if name is None:
+            continue
+        try:
+            matches.append(_match(node, name, graph_module, include_training))
+        except _Refusal as refusal:
+            skips.append(Skip(name, refusal.reason, refusal.detail))
+    return matches, skips + _out_of_sight(graph_module)
+
+
+# --- The batch norm ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _BatchNormCall:
+    """A batch norm's call in the normal form that modules and functions share."""
+
+    kind: BatchNormKind
+    input: Any
+    operands: Any  # qualified module name or BatchNorm of nodes
+    mode_is_constant: bool
+
+
+def _batch_norm_name(node: Node, graph_module: GraphModule) -> str | None:
+    if node.op == "call_module" and kinds.resembles_batch_norm(_module_of(node, graph_module)):
+        return str(node.target)
+    if node.op == "call_function" and node.target in kinds.BATCH_NORM_FUNCTIONS:
+        return node.name
+    return None
+
+
+def _match(node: Node, name: str, graph_module: GraphModule, include_training: bool) -> Match:
+    batch_norm = (
+        _batch_norm_module_call(node, _module_of(node, graph_module), include_training)
+        if node.op == "call_module"
+        else _batch_norm_function_call(node)
+    )
+    convolution_node = batch_norm.input
+    if not isinstance(convolution_node, Node):
+        raise _Refusal(SkipReason.NOT_AFTER_CONVOLUTION)
+    convolution = _convolution_call(convolution_node, graph_module)
+    _check_channels(convolution, batch_norm)
+    position = _position(convolution_node, node, batch_norm)
+    for between in _nodes_between(convolution_node, node):
+        if _may_change_tensors(between, graph_module):
+            raise _Refusal(SkipReason.MODIFIED_IN_BETWEEN, between.name)
+    return Match(
+        Pair(
+            convolution.name,
+            name,
+            convolution.kind.name,
+            batch_norm.kind.name,
+            batch_norm.mode_is_constant,
+            _note(convolution_node, node, graph_module),
+        ),
+        convolution_node,
+        node,
+        _output_node(node, batch_norm.kind),
+        position,
+        convolution.operands,
+        batch_norm.operands,
+        convolution.args,
+        convolution.kwargs,
+    )
+
+
+def _batch_norm_module_call(node: Node, module: nn.Module, include_training: bool) -> _BatchNormCall:
+    if isinstance(module, LazyModuleMixin):
+        raise _Refusal(SkipReason.UNINITIALIZED, type(module).__name__)
+    if module.training and not include_training:
+        raise _Refusal(SkipReason.TRAINING_MODE)
+    kind = kinds.batch_norm_kind(module)
+    if kind is None:
+        raise _Refusal(SkipReason.UNKNOWN_BATCH_NORM, type(module).__name__)
+    if not kind.has_statistics(module):
+        raise _Refusal(SkipReason.NO_RUNNING_STATISTICS)
+    match node.args, node.kwargs:
+        case ((input,), {**rest}) if not rest:
+            return _BatchNormCall(kind, input, node.target, False)
+        case ((), {"input": input, **rest}) if not rest:
+            return _BatchNormCall(kind, input, node.target, False)
+    raise _Refusal(SkipReason.UNUSUAL_CALL, node.format_node() or node.name)
+
+
+def _batch_norm_function_call(node: Node) -> _BatchNormCall:
+    kind = kinds.BATCH_NORM_FUNCTIONS[node.target]
+    try:
+        input, training, operands = kind.operands(*node.args, **node.kwargs)
+    except TypeError as error:
+        raise _Refusal(SkipReason.UNUSUAL_CALL, str(error)) from error
+    if training is True:
+        raise _Refusal(SkipReason.TRAINING_MODE, "a constant of the graph")
+    if training is not False:
+        raise _Refusal(SkipReason.UNUSUAL_CALL, f"training={training}")
+    if operands.running_mean is None or operands.running_var is None:
+        raise _Refusal(SkipReason.NO_RUNNING_STATISTICS)
+    return _BatchNormCall(kind, input, operands, True)
+
+
+def _output_node(node: Node, kind: BatchNormKind) -> Node:
+    if kind.output_index is None:
+        return node
+    users = list(node.users)
+    if len(users) == 1 and users[0].target is operator.getitem and users[0].args == (node, kind.output_index):
+        return users[0]
+    raise _Refusal(SkipReason.BATCH_NORM_OUTPUTS_USED, ", ".join(user.name for user in users))
+
+
+# --- The convolution ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _ConvolutionCall:
+    """A convolution's call in the normal form that modules and functions share."""
+
+    name: str
+    kind: ConvolutionKind
+    operands: Any  # qualified module name or Convolution of nodes
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def _convolution_call(node: Node, graph_module: GraphModule) -> _ConvolutionCall:
+    if node.op == "call_module":
+        module = _module_of(node, graph_module)
+        kind = kinds.convolution_kind(module)
+        if kind is not None:
+            return _ConvolutionCall(str(node.target), kind, str(node.target), node.args, dict(node.kwargs))
+        if isinstance(module, LazyModuleMixin) and kinds.resembles_convolution(module):
+            raise _Refusal(SkipReason.UNINITIALIZED, type(module).__name__)
+        if kinds.resembles_convolution(module):
+            raise _Refusal(SkipReason.UNKNOWN_CONVOLUTION, type(module).__name__)
+    if node.op == "call_function" and node.target in kinds.CONVOLUTION_FUNCTIONS:
+        kind = kinds.CONVOLUTION_FUNCTIONS[node.target]
+        try:
+            input, operands = kind.operands(*node.args, **node.kwargs)
+        except TypeError as error:
+            raise _Refusal(SkipReason.UNUSUAL_CALL, str(error)) from error
+        return _ConvolutionCall(node.name, kind, operands, (input,), {})
+    raise _Refusal(SkipReason.NOT_AFTER_CONVOLUTION, f"of {node.name}")
+
+
+def _check_channels(convolution: _ConvolutionCall, batch_norm: _BatchNormCall) -> None:
+    rank = convolution.kind.batched_rank
+    if rank is not None and not batch_norm.kind.accepts(rank):
+        raise _Refusal(SkipReason.CHANNELS_DIFFER, f"{batch_norm.kind.name} after {convolution.kind.name}")
+
+
+def _position(convolution_node: Node, batch_norm_node: Node, batch_norm: _BatchNormCall) -> Node:
+    """Where the fused call goes. Checks that nothing but the batch norm needs the convolution's own output.
+
+    Its shape and dtype are those of the normalised output, so whoever reads them can read them there.
+    """
+    readers = set(convolution_node.users) - {batch_norm_node}
+    others = [user.name for user in readers if not _reads_metadata(user)]
+    if others:
+        raise _Refusal(SkipReason.CONVOLUTION_OUTPUT_USED_ELSEWHERE, f"by {', '.join(sorted(others))}")
+    if not readers:
+        return batch_norm_node
+    operands = {operand for operand in batch_norm.operands if isinstance(operand, Node) and operand.op != "get_attr"}
+    for node in _nodes_between(convolution_node, batch_norm_node):
+        if node in operands:
+            raise _Refusal(SkipReason.CONVOLUTION_OUTPUT_USED_ELSEWHERE, f"before {node.name} is computed")
+        if node in readers:
+            return node
+    return batch_norm_node
+
+
+def _reads_metadata(node: Node) -> bool:
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] in ("ndim", "shape", "dtype", "device", "is_cuda")
+    return node.op == "call_method" and node.target in ("dim", "ndimension", "size", "numel", "is_floating_point")
+
+
+# --- What happens in between -------------------------------------------------------------------------------------
+
+
+def _nodes_between(first: Node, last: Node) -> Iterator[Node]:
+    node = first.next
+    while node is not last:
+        yield node
+        node = node.next
+
+
+# Functions of these modules do what their documentation says; a function of the user's own may do anything.
+_KNOWN_MODULES: Final = frozenset(
+    {
+        "torch",
+        "torch.functional",
+        "torch.nn.functional",
+        "torch._C._nn",
+        "torch._C._special",
+        "torch._C._linalg",
+    }
+    | {"math", "_operator"}
+)
+_PURE_BUILTINS: Final = frozenset(
+    {getattr, len, min, max, sum, abs, round, int, float, bool, tuple, list, slice}
+)
+_IN_PLACE_OPERATORS: Final = frozenset(
+    name
+    for name in vars(operator)
+    if name.startswith("i") and hasattr(operator, f"__{name}__") and name not in ("index", "inv", "invert")
+) | {"setitem", "delitem"}
+
+
+def _may_change_tensors(node: Node, graph_module: GraphModule) -> bool:
+    """Whether the node may write to a tensor that a convolution or a batch norm reads. Errs on the side of yes."""
+    if node.op in ("placeholder", "get_attr", "output"):
+        return False
+    if node.op == "call_module":
+        return not _is_pure(_module_of(node, graph_module))
+    if node.kwargs.get("out") is not None:
+        return True
+    if node.op == "call_method":
+        return not hasattr(torch.Tensor, str(node.target)) or _is_in_place(str(node.target))
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return bool(target._schema.is_mutable)
+    if target is functional.conv_batch_norm:
+        operands = [arg for arg in node.args[:2] if isinstance(arg, Node) and arg.op == "get_attr"]
+        return not all(_is_pure(graph_module.get_submodule(str(operand.target))) for operand in operands)
+    if target in kinds.BATCH_NORM_FUNCTIONS:
+        _, training, _ = kinds.BATCH_NORM_FUNCTIONS[target].operands(*node.args, **node.kwargs)
+        return training is not False
+    if getattr(target, "__module__", None) in _KNOWN_MODULES:
+        return _is_in_place(target.__name__) or target is F.instance_norm or _asks_for_in_place(node)
+    return target not in _PURE_BUILTINS
+
+
+def _is_in_place(name: str) -> bool:
+    if name.startswith("__"):
+        return name.strip("_") in _IN_PLACE_OPERATORS
+    return name.endswith("_") or name in _IN_PLACE_OPERATORS
+
+
+def _asks_for_in_place(node: Node) -> bool:
+    target: Any = node.target
+    try:
+        arguments = inspect.signature(target).bind(*node.args, **node.kwargs).arguments
+    except (TypeError, ValueError):  # a builtin without a signature: the in-place ones have names that say so
+        arguments = node.kwargs
+    return arguments.get("inplace", False) is not False
+
+
+def _is_pure(module: nn.Module) -> bool:
+    """Whether calling the module leaves every tensor as it was: known classes, not in place, no tracked statistics."""
+    return all(
+        (
+            type(part).__module__.startswith("torch.nn.modules.")
+            or kinds.convolution_kind(part) is not None
+            or kinds.batch_norm_kind(part) is not None
+        )
+        and "forward" not in vars(part)
+        and not kinds.has_hooks(part)
+        and not getattr(part, "inplace", False)
+        and not (part.training and getattr(part, "running_mean", None) is not None)
+        for part in module.modules()
+    )
+
+
+# --- What the report adds ----------------------------------------------------------------------------------------
+
+
+def _module_of(node: Node, graph_module: GraphModule) -> nn.Module:
+    return graph_module.get_submodule(str(node.target))
+
+
+def _note(convolution_node: Node, batch_norm_node: Node, graph_module: GraphModule) -> str:
+    modules = [
+        _module_of(node, graph_module)
+        for node in (convolution_node, batch_norm_node)
+        if node.op == "call_module"
+    ]
+    return "runs unfused while it has hooks" if any(kinds.has_hooks(module) for module in modules) else ""
+
+
+def _out_of_sight(graph_module: GraphModule) -> list[Skip]:
+    """Skips for the Eval-mode batch norms that no node of the graph calls."""
+    referred = [
+        str(node.target) for node in graph_module.graph.nodes if node.op in ("call_module", "get_attr")
+    ]
+    called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
+    seen = {id(graph_module.get_submodule(name)) for name in called}
+    seen |= {id(module) for name in referred for module in _owners(name, graph_module)}
+    skips = []
+    for name, module in graph_module.named_modules():
+        if not kinds.resembles_batch_norm(module) or module.training or id(module) in seen:
+            continue
+        prefixes = {name[:end] for end, letter in enumerate(name) if letter == "."}
+        leaf = next(iter(prefixes & called), None)
+        if leaf is None:
+            skips.append(Skip(name, SkipReason.NOT_CALLED))
+        else:
+            skips.append(
+                Skip(
+                    name,
+                    SkipReason.INSIDE_LEAF_MODULE,
+                    f"{leaf}: {type(graph_module.get_submodule(leaf)).__name__}",
+                )
+            )
+    return skips
+
+
+def _owners(target: str, graph_module: GraphModule) -> list[nn.Module]:
+    """The module that a get_attr names, or the one whose parameter or buffer it names."""
+    owner: Any = graph_module
+    *path, last = target.split(".")
+    for name in path:
+        owner = getattr(owner, name, None)
+    named = getattr(owner, last, None)
+    return [module for module in (owner, named) if isinstance(module, nn.Module)]

@@ -1,0 +1,247 @@
+"""What the phases of the pass hand to one another, and what it tells its user: frozen data, no behaviour.
+
+[`Pair`][convbn_fx.records.Pair] and [`Skip`][convbn_fx.records.Skip] are plain strings and flags, so that a report
+can be copied, pickled and compared; [`Match`][convbn_fx.records.Match] adds the graph nodes of a pair.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from html import escape
+from typing import Any
+
+from torch.fx import Node
+
+
+class SkipReason(StrEnum):
+    """Why a batch norm was left as it was. The value is the explanation that reports print."""
+
+    def __new__(cls, value: str, cure: str) -> "SkipReason":
+        """Makes a member whose value is the explanation and which carries the cure beside it."""
+        member = str.__new__(cls, value)
+        member._value_ = value
+        member.cure = cure
+        return member
+
+    cure: str
+
+    TRAINING_MODE = (
+        "the batch norm is in Train mode",
+        "call eval() on the batch norm before the pass, or pass include_training=True",
+    )
+    NO_RUNNING_STATISTICS = (
+        "the batch norm has no running statistics and normalises by the batch's own",
+        "build it with track_running_stats=True; batch statistics cannot be folded into a weight",
+    )
+    NOT_AFTER_CONVOLUTION = (
+        "the batch norm's input is not the output of a convolution or linear layer",
+        "none needed: there is nothing to fold it into",
+    )
+    CONVOLUTION_OUTPUT_USED_ELSEWHERE = (
+        "the convolution's output is also used by something other than the batch norm",
+        "none needed: the convolution's own output has to be computed anyway",
+    )
+    BATCH_NORM_OUTPUTS_USED = (
+        "the batch norm's saved statistics are used, not only its normalised output",
+        "trace the forward without its backward",
+    )
+    CHANNELS_DIFFER = (
+        "the channels that the batch norm normalises are not the convolution's output channels",
+        "use the batch norm that matches the layer: BatchNorm1d after Linear and Conv1d, BatchNorm2d after Conv2d, ...",
+    )
+    MODIFIED_IN_BETWEEN = (
+        "something that may change tensors in place runs between the convolution and the batch norm",
+        "call the batch norm directly after its convolution",
+    )
+    UNKNOWN_CONVOLUTION = (
+        "the convolution's forward is not a known one: a subclass, or a patched instance",
+        "register_conv(cls, ...) if its forward is linear in the weight",
+    )
+    UNKNOWN_BATCH_NORM = (
+        "the batch norm's forward is not a known one: a subclass, or a patched instance",
+        "register_batch_norm(cls, ...) if its forward in Eval mode is a batch norm and nothing more",
+    )
+    UNINITIALIZED = (
+        "the convolution or the batch norm is lazy and has no parameters yet",
+        "run the model on one batch first",
+    )
+    UNUSUAL_CALL = (
+        "the batch norm or the convolution is called with arguments that are not understood",
+        "call them with their documented arguments, with training= a constant",
+    )
+    INSIDE_LEAF_MODULE = (
+        "the batch norm is inside a module that tracing kept whole",
+        "trace with convbn_fx.symbolic_trace, remove hooks from the module, or rewrite the module by itself",
+    )
+    NOT_CALLED = (
+        "the batch norm is not called in this graph",
+        "none needed; if it should be called, trace the model in the mode and with the arguments that use it",
+    )
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A convolution and the batch norm after it, fused.
+
+    Attributes:
+        convolution: Qualified name of the convolution module, or the node's name where it was a function.
+        batch_norm: Qualified name of the batch-norm module, or the node's name where it was a function.
+        convolution_kind: Name of the convolution's row in the table of kinds, such as `Conv2d`.
+        batch_norm_kind: Name of the batch norm's row in the table of kinds, such as `BatchNorm2d`.
+        mode_is_constant: True where the graph holds a functional batch norm, whose `training=False` is a constant;
+            False where each call looks at the batch norm module's mode.
+        note: Anything more a user should know, such as hooks because of which the pair runs unfused for now.
+    """
+
+    convolution: str
+    batch_norm: str
+    convolution_kind: str
+    batch_norm_kind: str
+    mode_is_constant: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A batch norm that was left as it was.
+
+    Attributes:
+        batch_norm: Qualified name of the batch-norm module, or the node's name where it was a function.
+        reason: Why, with its cure.
+        detail: What exactly stood in the way, such as the node or the class.
+    """
+
+    batch_norm: str
+    reason: SkipReason
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Match:
+    """A pair together with the nodes it was found at; what matching hands to rewriting.
+
+    Attributes:
+        pair: The record for the report.
+        convolution_node: The convolution's call.
+        batch_norm_node: The batch norm's call.
+        output_node: The node that holds the normalised tensor: the batch norm's call, or the `getitem` on it.
+        position: The node before which the fused call goes: the batch norm's call, or the first node that reads the
+            shape of the convolution's output.
+        convolution: Qualified module name, or a `Convolution` of nodes.
+        batch_norm: Qualified module name, or a `BatchNorm` of nodes.
+        args: Positional arguments of the convolution's call (for a function: its input alone).
+        kwargs: Keyword arguments of the convolution's call.
+    """
+
+    pair: Pair
+    convolution_node: Node
+    batch_norm_node: Node
+    output_node: Node
+    position: Node
+    convolution: Any
+    batch_norm: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the pass did to a model: the pairs it fused, the batch norms it left and why.
+
+    `str()` is a readable table; notebooks show an HTML one.
+
+    Attributes:
+        fused: One record per fused pair, in graph order.
+        skipped: One record per batch norm that stayed.
+    """
+
+    fused: list[Pair] = field(default_factory=list)
+    skipped: list[Skip] = field(default_factory=list)
+
+    @property
+    def reasons(self) -> Counter[SkipReason]:
+        """How many batch norms were left for each reason."""
+        return Counter(skip.reason for skip in self.skipped)
+
+    @property
+    def summary(self) -> str:
+        """One line: how many pairs were fused, how many batch norms were left."""
+        pairs = "1 pair" if len(self.fused) == 1 else f"{len(self.fused)} pairs"
+        left = "1 batch norm" if len(self.skipped) == 1 else f"{len(self.skipped)} batch norms"
+        return f"{pairs} fused, {left} left"
+
+    def prefixed(self, prefix: str) -> "Report":
+        """The same report with every name under the sub-module `prefix` of a larger model."""
+        if not prefix:
+            return self
+        return Report(
+            [
+                replace(
+                    pair,
+                    convolution=f"{prefix}.{pair.convolution}",
+                    batch_norm=f"{prefix}.{pair.batch_norm}",
+                )
+                for pair in self.fused
+            ],
+            [replace(skip, batch_norm=f"{prefix}.{skip.batch_norm}") for skip in self.skipped],
+        )
+
+    def __add__(self, other: "Report") -> "Report":
+        """The report of two parts of a model together."""
+        return Report(self.fused + other.fused, self.skipped + other.skipped)
+
+    def __str__(self) -> str:
+        """A table in plain text: fused pairs first, then what was left, then the cures."""
+        sections = [self.summary]
+        if self.fused:
+            sections.append(_text_table(_PAIR_HEADER, [_pair_row(pair) for pair in self.fused]))
+        if self.skipped:
+            sections.append(_text_table(_SKIP_HEADER, [_skip_row(skip) for skip in self.skipped]))
+            sections.append(
+                "\n".join(
+                    f"{count} x {reason.name}: {reason.cure}" for reason, count in self.reasons.most_common()
+                )
+            )
+        return "\n\n".join(sections)
+
+    def _repr_html_(self) -> str:
+        """The same table for notebooks."""
+        parts = [f"<p><b>{escape(self.summary)}</b></p>"]
+        if self.fused:
+            parts.append(_html_table(_PAIR_HEADER, [_pair_row(pair) for pair in self.fused]))
+        if self.skipped:
+            parts.append(_html_table(_SKIP_HEADER, [_skip_row(skip) for skip in self.skipped]))
+            cures = "".join(f"<li>{reason.name}: {escape(reason.cure)}</li>" for reason in self.reasons)
+            parts.append(f"<ul>{cures}</ul>")
+        return "\n".join(parts)
+
+
+_PAIR_HEADER = ("convolution", "batch norm", "kinds", "mode")
+_SKIP_HEADER = ("left", "reason", "because")
+
+
+def _pair_row(pair: Pair) -> tuple[str, ...]:
+    mode = "constant: Eval" if pair.mode_is_constant else "read at every call"
+    if pair.note:
+        mode = f"{mode}; {pair.note}"
+    return (pair.convolution, pair.batch_norm, f"{pair.convolution_kind} + {pair.batch_norm_kind}", mode)
+
+
+def _skip_row(skip: Skip) -> tuple[str, ...]:
+    because = f"{skip.reason.value} ({skip.detail})" if skip.detail else skip.reason.value
+    return (skip.batch_norm, skip.reason.name, because)
+
+
+def _text_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = [header, tuple("-" * width for width in widths), *rows]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def _html_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

@@ -1,0 +1,59 @@
+"""Rewrites matched pairs: the only code that changes a graph.
+
+Each pair becomes one `call_function` of [`conv_batch_norm`][convbn_fx.functional.conv_batch_norm] in the place of the
+batch norm. Modules are handed to it as modules (`get_attr` nodes), so that every call sees them as they are then.
+"""
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from convbn_fx.functional import conv_batch_norm
+from convbn_fx.graph_module import GraphModule
+from convbn_fx.kinds import BatchNorm
+from convbn_fx.records import Match
+
+
+def copied(graph_module: Any) -> GraphModule:
+    """A GraphModule with a graph of its own that shares everything else with `graph_module`."""
+    return GraphModule(graph_module, copy.deepcopy(graph_module.graph), type(graph_module).__name__)
+
+
+def rewrite(graph_module: GraphModule, matches: Iterable[Match]) -> None:
+    """Replaces each match by a call of the fused convolution, in place.
+
+    Args:
+        graph_module: The graph that the matches were found in. Modules, parameters and buffers are not touched.
+        matches: What matching found; their nodes are gone afterwards.
+    """
+    graph = graph_module.graph
+    replaced: dict[Node, Node] = {}  # a later match may have been found to read what an earlier one replaces
+    for match in matches:
+        replaced[match.output_node] = _fuse(graph, match, replaced)
+    if replaced:
+        graph.lint()
+        graph_module.recompile()
+
+
+def _fuse(graph: Graph, match: Match, replaced: dict[Node, Node]) -> Node:
+    for operand in match.batch_norm if isinstance(match.batch_norm, BatchNorm) else ():
+        if isinstance(operand, Node) and operand.op == "get_attr":
+            match.position.prepend(operand)
+    with graph.inserting_before(match.position):
+        operands = [
+            graph.create_node("get_attr", operand) if isinstance(operand, str) else operand
+            for operand in (match.convolution, match.batch_norm)
+        ]
+        args, kwargs = map_arg(
+            ((*operands, *match.args), match.kwargs), lambda node: replaced.get(node, node)
+        )
+        fused = graph.call_function(conv_batch_norm, args, kwargs)
+    fused.meta = dict(match.output_node.meta)
+    match.output_node.replace_all_uses_with(fused)
+    match.convolution_node.replace_all_uses_with(fused, lambda user: user is not match.batch_norm_node)
+    for node in dict.fromkeys((match.output_node, match.batch_norm_node, match.convolution_node)):
+        graph.erase_node(node)
+    return fused

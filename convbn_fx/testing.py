@@ -1,0 +1,514 @@
+"""The oracle: does a candidate model do exactly what a reference model does?
+
+One call is *observed* as three flat dictionaries from a readable name to a value: the outputs, the
+gradients of one random linear function of the outputs, and the state left behind (inputs, parameters,
+buffers, random numbers). Two calls are equivalent if their dictionaries are. Both models are put back
+as they were found after each call, so they may share parameters, buffers and whole modules.
+
+Imports torch only: an oracle must not share code with what it judges.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
+
+__all__ = ["Comparison", "assert_equivalent", "compare", "randomize_batchnorms"]
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+Model = Callable[..., object]
+
+#: How each tensor of a batch norm is made from a standard normal and a uniform [0, 1) draw.
+_DRAWS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "running_mean": lambda normal, _: 0.3 * normal,
+    "running_var": lambda _, uniform: 0.5 + uniform,
+    "weight": lambda normal, uniform: (0.5 + uniform).copysign(normal),
+    "bias": lambda normal, _: 0.3 * normal,
+}
+
+#: Errors allowed per dtype: relative to the largest magnitude of the tensor itself, and to that of all
+#: tensors of the same module, because what is zero but for rounding (the gradient of a bias whose effect
+#: a Train-mode batch norm removes) has no scale of its own. Python numbers come from tensors of unknown
+#: dtype. Types that are not listed are compared exactly.
+_TOLERANCES: Mapping[object, tuple[float, float]] = {
+    torch.float64: (1e-9, 1e-13),
+    torch.complex128: (1e-9, 1e-13),
+    torch.float32: (1e-4, 1e-6),
+    torch.complex64: (1e-4, 1e-6),
+    float: (1e-4, 1e-6),
+    complex: (1e-4, 1e-6),
+    torch.float16: (3e-2, 1e-3),
+    torch.bfloat16: (3e-2, 1e-2),
+}
+
+#: What torch.compile and checkpoint wrappers put into qualified names.
+_WRAPPERS = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module)\.")
+
+
+def randomize_batchnorms(model: ModuleT, seed: int = 0) -> ModuleT:
+    """Make the running statistics and affine parameters of every batch norm non-trivial, in place.
+
+    A batch norm is any module with the attributes ``running_mean`` and ``running_var``, whatever its
+    class and even where they are None; ``num_batches_tracked`` is left alone. Fresh layers have mean 0,
+    variance 1, scale 1 and shift 0, and hide most mistakes one can make about them. Drawn are means and
+    shifts from N(0, 0.3^2), variances from U(0.5, 1.5), scales from U(0.5, 1.5) with either sign:
+    moderate, so that deep networks stay finite.
+
+    Args:
+        model: the model; each of its modules is visited once, in the order of ``model.modules()``.
+        seed: of a CPU generator; the values, drawn in float64, depend on neither device nor dtype.
+
+    Returns:
+        The same model. Meta and fake tensors, which hold no values, are left as they are.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if not (hasattr(module, "running_mean") and hasattr(module, "running_var")):
+            continue
+        for name, draw in _DRAWS.items():
+            tensor = getattr(module, name, None)
+            if isinstance(tensor, Tensor) and not (tensor.is_meta or isinstance(tensor, FakeTensor)):
+                normal = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+                uniform = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+                with torch.no_grad():
+                    tensor.copy_(draw(normal, uniform))
+    return model
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Worst error of each tensor, relative to the largest magnitude of the reference's tensor.
+
+    Attributes:
+        outputs: by place in the output, such as ``"output['logits'][0]"``.
+        gradients: by source, as ``"gradient of input 0"`` or ``"gradient of layer1.0.conv1.weight"``.
+        state: by holder, such as ``"buffer bn1.running_mean after the call"``.
+    """
+
+    outputs: Mapping[str, float]
+    gradients: Mapping[str, float]
+    state: Mapping[str, float]
+
+
+def compare(
+    reference: Model,
+    candidate: Model,
+    *inputs: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    input_gradients: bool = True,
+) -> Comparison:
+    """Measure how far two models are apart.
+
+    See :func:`assert_equivalent` for the arguments and for what is compared. Parameters and buffers
+    that only one of the models has are left out, and so are gradients that the reference does not have.
+
+    Returns:
+        The relative errors; infinite where only one of two values is NaN, or where the reference is
+        all zero and the candidate is not.
+
+    Raises:
+        AssertionError: what is compared has no distance: containers, shapes or dtypes differ, a
+            gradient is missing, or only one of the models raises.
+        Exception: whatever both models raise.
+    """
+    expected, actual = _observe_both(
+        reference, candidate, inputs, kwargs or {}, seed=seed, input_gradients=input_gradients
+    )
+    if expected.error is not None:
+        raise expected.error
+    _assert_same_names(expected.outputs, actual.outputs)
+
+    def relative_errors(wanted: _Values, found: _Values) -> dict[str, float]:
+        return {
+            name: _difference(name, value, found[name]).relative
+            for name, value in wanted.items()
+            if name in found and isinstance(value, Tensor | float | complex)
+        }
+
+    return Comparison(
+        relative_errors(expected.outputs, actual.outputs),
+        relative_errors(expected.gradients, actual.gradients),
+        relative_errors(expected.state, actual.state),
+    )
+
+
+def assert_equivalent(
+    reference: Model,
+    candidate: Model,
+    *inputs: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    seed: int = 0,
+    input_gradients: bool = True,
+) -> None:
+    """Assert that two models are the same function, with the same gradients and side effects.
+
+    Each model is called once, on its own copy of the inputs and from the same state. Compared are
+
+    - the outputs: containers and their types, and the dtype, shape, device, layout, ``requires_grad``
+      and values of each tensor;
+    - the gradients, along one random cotangent per output, of every floating point input and every
+      parameter that requires grad, paired by qualified name (shared ones under all their names). None
+      only equals None;
+    - the state after the call: inputs, parameters, buffers, and the random numbers drawn.
+
+    Both models are left as found, whatever is raised: values of parameters and buffers, attributes
+    (training flags among them; what lists and the like hold is not followed), ``.grad``, random state.
+    With grad mode disabled there are no gradients to compare. Reentrant checkpointing is not supported,
+    because it refuses ``torch.autograd.grad``.
+
+    Floating point values are close if ``|reference - candidate| <= atol + rtol * scale``, where scale is
+    the largest finite magnitude of the reference's tensor. Defaults:
+
+    ========  =====  ==================================================================
+    dtype     rtol   atol, times the largest scale among the tensors of the same module
+    ========  =====  ==================================================================
+    float64   1e-9   1e-13
+    float32   1e-4   1e-6
+    float16   3e-2   1e-3
+    bfloat16  3e-2   1e-2
+    ========  =====  ==================================================================
+
+    Complex dtypes follow their real ones, Python numbers float32. NaN equals NaN, infinity an infinity
+    of the same sign; everything else is compared exactly.
+
+    Args:
+        reference: the module, or any callable, that is right by definition.
+        candidate: what is to equal it; may share parameters, buffers and modules with it.
+        *inputs: positional arguments, of any nesting of ``torch.utils._pytree``. Their tensors are
+            copied for each call, strides kept; floating point ones require grad without being leaves,
+            and so may be changed in place.
+        kwargs: keyword arguments, treated alike.
+        rtol: relative tolerance for all floating point dtypes.
+        atol: absolute tolerance for all floating point dtypes.
+        seed: of the cotangents.
+        input_gradients: False to feed inputs that do not require grad.
+
+    Raises:
+        AssertionError: the models differ; names the first offender, with its worst element.
+        Exception: whatever the reference raises, if the candidate raises the same type and leaves the
+            same state behind. Raised on, so that a call with wrong arguments proves nothing; expect it
+            with ``pytest.raises``.
+    """
+    expected, actual = _observe_both(
+        reference, candidate, inputs, kwargs or {}, seed=seed, input_gradients=input_gradients
+    )
+    for wanted, found in (
+        (expected.outputs, actual.outputs),
+        (expected.gradients, actual.gradients),
+        (expected.state, actual.state),
+    ):
+        _assert_same_names(wanted, found)
+        differences = [_difference(name, value, found[name]) for name, value in wanted.items()]
+        scales: dict[str, float] = {}
+        for difference in differences:
+            scales[difference.owner] = max(difference.scale, scales.get(difference.owner, 0.0))
+        for difference in differences:
+            difference.check(rtol, atol, scales[difference.owner])
+    if expected.error is not None:
+        raise expected.error
+
+
+_Values = dict[str, object]
+
+
+@dataclass
+class _Call:
+    """What one call did: everything that is compared, by name."""
+
+    error: Exception | None = None
+    outputs: _Values = field(default_factory=dict)
+    gradients: _Values = field(default_factory=dict)
+    state: _Values = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"raised {self.error!r}" if self.error is not None else "returned"
+
+
+@dataclass(frozen=True)
+class _Difference:
+    """The worst element of one value; ``absolute`` is 0 if and only if the two are equal."""
+
+    name: str
+    kind: object
+    absolute: float = 0.0
+    scale: float = 0.0
+    worst: str = ""
+
+    @property
+    def owner(self) -> str:
+        """The module in the name: "gradient of conv" of "gradient of conv.weight"."""
+        return self.name.rpartition(".")[0] or self.name
+
+    @property
+    def relative(self) -> float:
+        if self.absolute == 0.0:
+            return 0.0
+        return self.absolute / self.scale if self.scale else float("inf")
+
+    def check(self, rtol: float | None, atol: float | None, owner_scale: float) -> None:
+        if self.kind in _TOLERANCES:
+            default_rtol, default_atol = _TOLERANCES[self.kind]
+            rtol = default_rtol if rtol is None else rtol
+            atol = default_atol * owner_scale if atol is None else atol
+        else:
+            rtol = atol = 0.0
+        tolerance = atol + rtol * self.scale
+        if self.absolute > tolerance:
+            raise AssertionError(
+                f"{self.name} differs: worst absolute error {self.absolute:.3g}, "
+                f"relative error {self.relative:.3g}, {self.worst}; tolerance {tolerance:.3g} "
+                f"(atol {atol:.3g} + rtol {rtol:.3g} * {self.scale:.3g})"
+            )
+
+
+def _observe_both(
+    reference: Model,
+    candidate: Model,
+    inputs: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    seed: int,
+    input_gradients: bool,
+) -> tuple[_Call, _Call]:
+    """Observe each model from the same state; AssertionError if only one raises, or another type."""
+    models = (reference, candidate)
+    devices = _accelerators(inputs, kwargs, *models)
+    calls = []
+    for model in models:
+        with _left_as_found(models, devices):
+            call = _observe(model, inputs, kwargs, seed=seed, input_gradients=input_gradients)
+            call.state |= _random_state(devices)
+            calls.append(call)
+    expected, actual = calls
+    if type(expected.error) is not type(actual.error):
+        message = f"the reference {expected}, but the candidate {actual}"
+        raise AssertionError(message) from (actual.error or expected.error)
+    return expected, actual
+
+
+def _observe(
+    model: Model,
+    inputs: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    seed: int,
+    input_gradients: bool,
+) -> _Call:
+    """Call the model on a copy of the inputs, and write down what happens."""
+    call = _Call()
+    copies: dict[int, tuple[Tensor, Tensor]] = {}  # by identity: (the leaf, what the model gets)
+
+    def copied(tensor: Tensor) -> Tensor:
+        if id(tensor) not in copies:
+            leaf = tensor.detach().clone()
+            leaf.requires_grad_(torch.is_grad_enabled() and input_gradients and _is_inexact(leaf))
+            copies[id(tensor)] = leaf, leaf.clone()
+        return copies[id(tensor)][1]
+
+    given = {f"input {name}": value for name, value in [*enumerate(inputs), *kwargs.items()]}
+    fed = pytree.tree_map_only(Tensor, copied, given)
+    arguments = list(fed.values())
+    positional, keywords = arguments[: len(inputs)], arguments[len(inputs) :]
+
+    sources = {
+        name: copies[id(tensor)][0] for name, tensor in _flatten_all(given).items() if id(tensor) in copies
+    }
+    sources |= _named(model, "parameters")
+    sources = {
+        f"gradient of {name}": source
+        for name, source in sources.items()
+        if torch.is_grad_enabled() and source.requires_grad
+    }
+
+    try:
+        result = model(*positional, **dict(zip(kwargs, keywords, strict=True)))
+        outputs = _flatten("output", result)
+        call.outputs = {name: _frozen(value) for name, value in outputs.items()}
+        for name, value in outputs.items():
+            if isinstance(value, Tensor):
+                call.outputs[f"requires_grad of {name}"] = value.requires_grad
+        call.gradients = _gradients(outputs, sources, seed)
+    except Exception as error:  # noqa: BLE001 (whatever a model raises is compared too)
+        call.error = error
+
+    state = _flatten_all(fed)
+    state |= {f"parameter {name}": tensor for name, tensor in _named(model, "parameters").items()}
+    state |= {f"buffer {name}": tensor for name, tensor in _named(model, "buffers").items()}
+    call.state = {f"{name} after the call": _frozen(value) for name, value in state.items()}
+    return call
+
+
+def _gradients(outputs: _Values, sources: Mapping[str, Tensor], seed: int) -> _Values:
+    """Gradients of ``sum(<cotangent, output>)``, or None, with random cotangents."""
+    generator = torch.Generator().manual_seed(seed)
+    roots, cotangents = [], []
+    for output in outputs.values():
+        if isinstance(output, Tensor) and _is_inexact(output):
+            dtype = torch.complex128 if output.is_complex() else torch.float64
+            cotangent = torch.randn(output.shape, generator=generator, dtype=dtype)
+            if output.requires_grad:
+                roots.append(output)
+                cotangents.append(cotangent.to(output))
+    if not roots or not sources:
+        return dict.fromkeys(sources)
+    gradients = torch.autograd.grad(roots, list(sources.values()), cotangents, allow_unused=True)
+    return dict(zip(sources, gradients, strict=True))
+
+
+def _flatten(name: str, tree: object) -> _Values:
+    """Every leaf of a tree by its place, after the structure of the tree; dataclasses are opened."""
+    leaves: Iterable[tuple[str, object]]
+    try:
+        keyed, structure = pytree.tree_flatten_with_path(tree)
+        leaves = [(pytree.keystr(path), leaf) for path, leaf in keyed]
+    except ValueError:  # a container registered without names for its children
+        unnamed, structure = pytree.tree_flatten(tree)
+        leaves = [(f"<leaf {position}>", leaf) for position, leaf in enumerate(unnamed)]
+    values: _Values = {f"structure of {name}": structure}
+    for path, leaf in leaves:
+        place = name + path
+        if is_dataclass(leaf) and not isinstance(leaf, type):
+            values[f"structure of {place}"] = type(leaf)
+            for part in fields(leaf):
+                values |= _flatten(f"{place}.{part.name}", getattr(leaf, part.name))
+        else:
+            values[place] = leaf
+    return values
+
+
+def _flatten_all(trees: Mapping[str, object]) -> _Values:
+    return {place: leaf for name, tree in trees.items() for place, leaf in _flatten(name, tree).items()}
+
+
+def _assert_same_names(wanted: _Values, found: _Values) -> None:
+    """Assert that both have the same names; where structures differ, tell of these instead."""
+    for name in wanted.keys() & found.keys():
+        if name.startswith("structure of"):
+            _difference(name, wanted[name], found[name])
+    for name in (*wanted, *found):
+        if name not in found:
+            raise AssertionError(f"{name}: the candidate has none")
+        if name not in wanted:
+            raise AssertionError(f"{name}: the reference has none")
+
+
+def _difference(name: str, expected: object, actual: object) -> _Difference:
+    """Measure the distance of two values; raise AssertionError if they have none."""
+    if isinstance(expected, Tensor) and isinstance(actual, Tensor):
+        for trait in ("dtype", "shape", "device", "layout"):
+            ours, theirs = getattr(expected, trait), getattr(actual, trait)
+            if ours != theirs:
+                message = f"{trait} of {name} differs: reference {ours}, candidate {theirs}"
+                raise AssertionError(message)
+        return _tensor_difference(name, expected.dtype, expected, actual)
+    if type(expected) is type(actual) and isinstance(expected, float | complex):
+        numbers = (torch.tensor(number, dtype=torch.complex128) for number in (expected, actual))
+        return _tensor_difference(name, type(expected), *numbers)
+    if type(expected) is type(actual) and (expected is actual or expected == actual):
+        return _Difference(name, type(expected))
+    ours, theirs = reprlib.repr(expected), reprlib.repr(actual)
+    raise AssertionError(f"{name} differs: reference {ours}, candidate {theirs}")
+
+
+def _tensor_difference(name: str, kind: object, expected: Tensor, actual: Tensor) -> _Difference:
+    """Find the worst element of two tensors of one dtype, shape, device and layout."""
+    if expected.layout is not torch.strided:
+        expected, actual = expected.to_dense(), actual.to_dense()
+    same = ((expected == actual) | (expected.isnan() & actual.isnan())).cpu()
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    expected, actual = expected.cpu().to(wide), actual.cpu().to(wide)
+    finite = expected.abs()[expected.isfinite()]
+    scale = finite.max().item() if finite.numel() else 0.0
+    if same.all():
+        return _Difference(name, kind, scale=scale)
+    infinity, tiny = (
+        float("inf"),
+        torch.finfo(torch.float64).tiny,
+    )  # neither NaN nor 0 where they differ
+    errors = (expected - actual).abs().nan_to_num(nan=infinity, posinf=infinity).clamp(min=tiny)
+    errors[same] = 0.0
+    index = tuple(map(int, torch.unravel_index(errors.argmax(), errors.shape)))
+    worst = f"at {index} reference {expected[index].item()}, candidate {actual[index].item()}"
+    return _Difference(name, kind, errors[index].item(), scale, worst)
+
+
+@contextmanager
+def _left_as_found(models: Iterable[Model], devices: Iterable[torch.device]) -> Iterator[None]:
+    """Put attributes, registrations and tensors of all modules and the random state back."""
+    modules = {module for model in models if isinstance(model, nn.Module) for module in model.modules()}
+    holders = [vars(module) for module in modules]
+    holders += [held for m in modules for held in (m._parameters, m._buffers, m._modules)]
+    found = [(holder, dict(holder)) for holder in holders]
+    tensors = {
+        id(value): value for _, items in found for value in items.values() if isinstance(value, Tensor)
+    }
+    contents = [(tensor, tensor.detach().clone()) for tensor in tensors.values()]
+    random_state = _random_state(devices)
+    try:
+        yield
+    finally:
+        for holder, items in found:
+            if [(k, id(v)) for k, v in holder.items()] != [(k, id(v)) for k, v in items.items()]:
+                holder.clear()
+                holder.update(items)
+        for tensor, content in contents:
+            if not torch.equal(tensor, content):
+                tensor.data.copy_(content)  # .data: graphs of the caller must not see a new version
+        _set_random_state(random_state, devices)
+
+
+def _random_state(devices: Iterable[torch.device]) -> _Values:
+    return {
+        "random state of Python": random.getstate(),
+        "random state of cpu": torch.get_rng_state(),
+        **{
+            f"random state of {device}": torch.get_device_module(device).get_rng_state(device)
+            for device in devices
+        },
+    }
+
+
+def _set_random_state(state: _Values, devices: Iterable[torch.device]) -> None:
+    python, cpu, *others = state.values()
+    random.setstate(python)  # type: ignore[arg-type]
+    torch.set_rng_state(cpu)  # type: ignore[arg-type]
+    for device, other in zip(devices, others, strict=True):
+        torch.get_device_module(device).set_rng_state(other, device)
+
+
+def _accelerators(*trees: object) -> list[torch.device]:
+    """Devices other than the CPU that hold a tensor of these inputs and models."""
+    leaves = pytree.tree_leaves(trees)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    for kind in ("parameters", "buffers"):
+        tensors += [tensor for leaf in leaves for tensor in _named(leaf, kind).values()]
+    return [device for device in {t.device for t in tensors} if device.type not in ("cpu", "meta")]
+
+
+def _named(model: object, kind: str) -> dict[str, Tensor]:
+    """Parameters or buffers under all their qualified names, as if no wrapper were there."""
+    if not isinstance(model, nn.Module):
+        return {}
+    named = getattr(model, f"named_{kind}")(remove_duplicate=False)
+    return {_WRAPPERS.sub("", name): tensor for name, tensor in named}
+
+
+def _frozen(value: object) -> object:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _is_inexact(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
