@@ -110,7 +110,7 @@ def measure(name: str, model: nn.Module, sizes: Sizes, announce: Callable[[str, 
 def _compare(model: nn.Module, shape: Shape) -> tuple[float, float, list[str]]:
     """Compares Tune with Eval, and Deploy's output too, in float64.
 
-    Deploy's gradients are those of other parameters; its output tells whether it is a fair contender.
+    Deploy's parameters are others, and so are its gradients; its output tells whether it is a fair contender.
 
     Returns:
         Tune's worst relative errors of outputs and gradients, and what is wrong, line by line.
@@ -119,7 +119,8 @@ def _compare(model: nn.Module, shape: Shape) -> tuple[float, float, list[str]]:
     image = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     try:
         tune = compare(variants[EVAL], variants[TUNE], image)
-        deploy = compare(variants[EVAL], variants[DEPLOY], image)
+        with torch.no_grad():
+            deploy = compare(variants[EVAL].forward, variants[DEPLOY].forward, image)
     except AssertionError as difference:
         return math.inf, math.inf, [str(difference)]
     failures = [

@@ -146,7 +146,7 @@ def _can_be_fused(conv: nn.Module | Convolution, norm: nn.Module | BatchNorm) ->
         kind = kinds.batch_norm_kind(norm)
         if norm.training or kind is None or kinds.has_hooks(norm) or not kind.has_statistics(norm):
             return False
-    return not _has_any_global_hook()
+    return not _has_any_global_hook() and not torch.jit.is_tracing()
 
 
 def _norm_operands(norm: nn.Module) -> BatchNorm:
@@ -271,7 +271,6 @@ def _is_transformed(input: Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or torch.jit.is_tracing()
         or isinstance(input, FunctionalTensor)
     )
 

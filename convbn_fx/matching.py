@@ -144,10 +144,10 @@ def _batch_norm_function_call(node: Node) -> _BatchNormCall:
 def _output_node(node: Node, kind: BatchNormKind) -> Node:
     if kind.output_index is None:
         return node
-    users = list(node.users)
-    if len(users) == 1 and users[0].target is operator.getitem and users[0].args == (node, kind.output_index):
-        return users[0]
-    raise _Refusal(SkipReason.BATCH_NORM_OUTPUTS_USED, ", ".join(user.name for user in users))
+    used = [user for user in node.users if user.users or user.target is not operator.getitem]
+    if len(used) == 1 and used[0].args == (node, kind.output_index):
+        return used[0]
+    raise _Refusal(SkipReason.BATCH_NORM_OUTPUTS_USED, ", ".join(user.name for user in used))
 
 
 # --- The convolution ---------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ counted on a laptop.
 
 What hooks cannot see is not counted: tensors that a custom function keeps on ``ctx`` outside
 ``save_for_backward``, and whatever runs under inner hooks, such as the inside of
-``torch.utils.checkpoint`` and the inputs it keeps.
+``torch.utils.checkpoint``.
 """
 
 from __future__ import annotations

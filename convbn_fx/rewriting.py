@@ -54,6 +54,6 @@ def _fuse(graph: Graph, match: Match, replaced: dict[Node, Node]) -> Node:
     fused.meta = dict(match.output_node.meta)
     match.output_node.replace_all_uses_with(fused)
     match.convolution_node.replace_all_uses_with(fused, lambda user: user is not match.batch_norm_node)
-    for node in dict.fromkeys((match.output_node, match.batch_norm_node, match.convolution_node)):
+    for node in (*match.batch_norm_node.users, match.batch_norm_node, match.convolution_node):
         graph.erase_node(node)
     return fused

@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 import re
 import reprlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -290,7 +291,8 @@ def _observe_both(
     for model in models:
         with _left_as_found(models, devices):
             call = _observe(model, inputs, kwargs, seed=seed, input_gradients=input_gradients)
-            call.state |= _random_state(devices)
+            after = {f"{name} after the call": value for name, value in _random_state(devices).items()}
+            call.state |= after
             calls.append(call)
     expected, actual = calls
     if type(expected.error) is not type(actual.error):
@@ -334,12 +336,11 @@ def _observe(
     }
 
     try:
-        result = model(*positional, **dict(zip(kwargs, keywords, strict=True)))
+        with warnings.catch_warnings():  # Dynamo reads .grad of its inputs, also where they are no leaves
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+            result = model(*positional, **dict(zip(kwargs, keywords, strict=True)))
         outputs = _flatten("output", result)
         call.outputs = {name: _frozen(value) for name, value in outputs.items()}
-        for name, value in outputs.items():
-            if isinstance(value, Tensor):
-                call.outputs[f"requires_grad of {name}"] = value.requires_grad
         call.gradients = _gradients(outputs, sources, seed)
     except Exception as error:  # noqa: BLE001 (whatever a model raises is compared too)
         call.error = error
@@ -408,14 +409,15 @@ def _assert_same_names(wanted: _Values, found: _Values) -> None:
 def _difference(name: str, expected: object, actual: object) -> _Difference:
     """Measure the distance of two values; raise AssertionError if they have none."""
     if isinstance(expected, Tensor) and isinstance(actual, Tensor):
-        for trait in ("dtype", "shape", "device", "layout"):
+        for trait in ("dtype", "shape", "device", "layout", "requires_grad"):
             ours, theirs = getattr(expected, trait), getattr(actual, trait)
             if ours != theirs:
                 message = f"{trait} of {name} differs: reference {ours}, candidate {theirs}"
                 raise AssertionError(message)
-        return _tensor_difference(name, expected.dtype, expected, actual)
+        return _tensor_difference(name, expected.dtype, expected.detach(), actual.detach())
     if type(expected) is type(actual) and isinstance(expected, float | complex):
-        numbers = (torch.tensor(number, dtype=torch.complex128) for number in (expected, actual))
+        dtype = torch.complex128 if isinstance(expected, complex) else torch.float64
+        numbers = (torch.tensor(number, dtype=dtype) for number in (expected, actual))
         return _tensor_difference(name, type(expected), *numbers)
     if type(expected) is type(actual) and (expected is actual or expected == actual):
         return _Difference(name, type(expected))
@@ -507,7 +509,10 @@ def _named(model: object, kind: str) -> dict[str, Tensor]:
 
 
 def _frozen(value: object) -> object:
-    return value.detach().clone() if isinstance(value, Tensor) else value
+    """What later changes in place cannot reach, and what needs no graph to say that it requires grad."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().clone().requires_grad_(value.requires_grad)
 
 
 def _is_inexact(tensor: Tensor) -> bool:

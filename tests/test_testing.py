@@ -155,8 +155,14 @@ def test_callables_without_parameters_or_differentiable_outputs():
     assert_equivalent(nn.ReLU(), torch.relu, torch.randn(9))
     assert_equivalent(lambda: None, lambda: None)
     assert_equivalent(lambda x: x + 1, lambda x: 1 + x, torch.arange(3))
-    with pytest.raises(AssertionError, match=r"at \(1,\) reference 2, candidate 1"):
-        assert_equivalent(lambda x: x + 1, lambda x: x.clamp(2), torch.tensor([1, 1]) * 0 + 1)
+    with pytest.raises(AssertionError, match=r"reference 0\.5, candidate 0\.75"):
+        assert_equivalent(lambda: 0.5, lambda: 0.75)
+    with pytest.raises(AssertionError, match=r"reference \(1\+1j\), candidate 1j"):
+        assert_equivalent(lambda: 1 + 1j, lambda: 1j)
+    with pytest.raises(AssertionError, match=r"at \(1,\) reference 3\.0, candidate 2\.0"):
+        assert_equivalent(lambda x: x + 1, lambda x: x.clamp(2), torch.tensor([1, 2]))
+    with pytest.raises(AssertionError, match="device of output differs"):
+        assert_equivalent(lambda x: x, lambda x: x.to("meta"), torch.arange(3))
     large = torch.tensor(2**62)
     with pytest.raises(AssertionError, match="output differs"):  # equal as float64
         assert_equivalent(lambda x: x, lambda x: x + 1, large)
@@ -202,11 +208,16 @@ def test_inputs_that_need_no_gradient(x):
         assert_equivalent(model, detached, x)
 
 
-def test_wrapped_and_checkpointed_models_pass(x):
-    model = make().train()
-    assert_equivalent(model, torch.compile(model, backend="eager"), x)
-    model.eval()  # in Train mode recomputation updates the statistics twice
-    assert_equivalent(model, lambda *_: checkpoint(model, *_, use_reentrant=False), x) if False else None
+def test_wrapped_and_checkpointed_models(x):
+    def checkpointed(net, x, y):
+        return checkpoint(net.bn, net.conv(x), use_reentrant=False)
+
+    model = make(lambda net, x, y: net.bn(net.conv(x)))
+    candidate = sharing(model, checkpointed)
+    assert_equivalent(model.eval(), torch.compile(model, backend="eager"), x)
+    assert_equivalent(model, candidate.eval(), x)
+    with pytest.raises(AssertionError, match=r"buffer bn\.\w+ after the call"):  # updated once more
+        assert_equivalent(model.train(), candidate.train(), x)
 
 
 def test_shared_and_reparametrised_parameters(x):
@@ -237,7 +248,7 @@ WRONG = {
         "gradient of input 0 differs",
     ),
     "detached": (lambda net, x, y: y.detach(), "requires_grad of output differs"),
-    "bn.bias detached": (
+    "missing gradient": (
         lambda net, x, y: y.detach() + 0 * net.conv.weight.sum(),
         r"gradient of input 0 differs: reference tensor.*, candidate None",
     ),
@@ -258,7 +269,6 @@ WRONG = {
     "None": (lambda net, x, y: None, "output differs"),
     "dtype": (lambda net, x, y: y.float(), "dtype of output differs"),
     "shape": (lambda net, x, y: y[None], "shape of output differs"),
-    "device": (lambda net, x, y: y.to("meta"), "device of output differs"),
     "layout": (lambda net, x, y: y.to_sparse(), "layout of output differs"),
     "random numbers": (lambda net, x, y: (torch.rand(1), y)[1], "random state of cpu after the call"),
     "Python's random numbers": (
@@ -278,7 +288,8 @@ def test_a_mistake_is_found_and_leaves_no_trace(x, mistake, message, shared):
     with pytest.raises(AssertionError, match=message):
         assert_equivalent(model, candidate, x)
     assert (everything(model), everything(candidate)) == before[:2]
-    assert torch.equal(x, before[2]) and not x.requires_grad
+    assert torch.equal(x, before[2])
+    assert not x.requires_grad
 
 
 def test_container_types_are_compared():
@@ -296,9 +307,8 @@ def test_a_changed_input_container_is_found(x):
         assert_equivalent(lambda batch: batch["x"], lambda batch: batch.pop("x"), {"x": x})
 
 
-@pytest.mark.parametrize("name", ["bias", "extra"])
 @pytest.mark.parametrize("register", ["register_parameter", "register_buffer"])
-def test_a_missing_or_additional_name_is_named(x, name, register):
+def test_a_missing_or_additional_name_is_named(x, register):
     model, candidate = make().train(), make().train()
     value = torch.zeros(4, dtype=torch.float64)
     value = nn.Parameter(value) if register == "register_parameter" else value
@@ -336,18 +346,18 @@ def half_way(net, x, y):
 
 
 def test_an_exception_must_be_matched_and_leaves_no_trace(x):
-    model, other = make().train(), make().train()
+    model = make().train()
     broken = sharing(model, half_way)
+    mistyped = sharing(model, lambda net, x, y: y + None)
     before = everything(model), everything(broken)
     with pytest.raises(AssertionError, match="reference returned, but the candidate raised ZeroDivision"):
         assert_equivalent(model, broken, x)
     with pytest.raises(AssertionError, match=r"reference raised ZeroDivisionError\('half-way'\), but"):
         assert_equivalent(broken, model, x)
     with pytest.raises(AssertionError, match="raised TypeError"):
-        assert_equivalent(broken, sharing(model, lambda net, x, y: y + None), x)
+        assert_equivalent(broken, mistyped, x)
     assert (everything(model), everything(broken)) == before
     assert not hasattr(broken, "note")
-    del other
 
 
 def test_an_exception_of_both_is_raised_on_if_they_left_the_same_behind(x):
@@ -378,9 +388,10 @@ def test_an_interrupt_passes_and_leaves_no_trace(x):
         raise KeyboardInterrupt
 
     model = make().train()
+    interrupted = sharing(model, interrupt)
     before = everything(model)
     with pytest.raises(KeyboardInterrupt):
-        assert_equivalent(model, sharing(model, interrupt), x)
+        assert_equivalent(model, interrupted, x)
     assert everything(model) == before
 
 
@@ -402,8 +413,7 @@ def test_compare_measures_outputs_gradients_and_state(x):
     assert isinstance(measured, Comparison)
     assert measured.outputs == {"output": pytest.approx(0.5)}
     assert set(measured.gradients) == {
-        f"gradient of {name}"
-        for name in ("input 0", "conv.weight", "conv.bias", "bn.weight", "bn.bias")
+        f"gradient of {name}" for name in ("input 0", "conv.weight", "conv.bias", "bn.weight", "bn.bias")
     }
     assert all(error == pytest.approx(0.5) for error in measured.gradients.values())
     assert set(measured.state.values()) == {0.0}
@@ -447,7 +457,7 @@ def test_every_tensor_of_every_kind_of_batch_norm_becomes_non_trivial():
         else:
             assert tensor.unique().numel() == 64, name
         if name.endswith(("weight", "bias", "mean")):
-            assert (tensor < 0).any() and (tensor > 0).any(), name
+            assert tensor.sign().unique().tolist() == [-1, 1], name
         if name.endswith("var"):
             assert (tensor >= 0.5).all(), name
     everything_else = nn.Sequential(nn.Conv2d(3, 3, 1), nn.LayerNorm(3))
