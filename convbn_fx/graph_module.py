@@ -77,7 +77,7 @@ class GraphModule(torch.fx.GraphModule):
 
 
 def _rebuild(state: dict[str, Any], import_block: str, class_name: str) -> GraphModule:
-    graph = reduce_graph_module(dict(state), import_block).graph
+    graph: Any = reduce_graph_module(dict(state), import_block).graph
     root = nn.Module()
     vars(root).update(state)
     return GraphModule(root, graph, class_name)

@@ -191,9 +191,12 @@ def _check_channels(convolution: _ConvolutionCall, batch_norm: _BatchNormCall) -
 
 
 def _position(convolution_node: Node, batch_norm_node: Node, batch_norm: _BatchNormCall) -> Node:
-    """Where the fused call goes. Checks that nothing but the batch norm needs the convolution's own output.
+    """Where the fused call goes, if nothing but the batch norm needs the convolution's own output.
 
     Its shape and dtype are those of the normalised output, so whoever reads them can read them there.
+
+    Raises:
+        _Refusal: Something else needs it.
     """
     readers = set(convolution_node.users) - {batch_norm_node}
     others = [user.name for user in readers if not _reads_metadata(user)]
@@ -201,7 +204,9 @@ def _position(convolution_node: Node, batch_norm_node: Node, batch_norm: _BatchN
         raise _Refusal(SkipReason.CONVOLUTION_OUTPUT_USED_ELSEWHERE, f"by {', '.join(sorted(others))}")
     if not readers:
         return batch_norm_node
-    operands = {operand for operand in batch_norm.operands if isinstance(operand, Node) and operand.op != "get_attr"}
+    operands = {
+        operand for operand in batch_norm.operands if isinstance(operand, Node) and operand.op != "get_attr"
+    }
     for node in _nodes_between(convolution_node, batch_norm_node):
         if node in operands:
             raise _Refusal(SkipReason.CONVOLUTION_OUTPUT_USED_ELSEWHERE, f"before {node.name} is computed")
@@ -213,7 +218,13 @@ def _position(convolution_node: Node, batch_norm_node: Node, batch_norm: _BatchN
 def _reads_metadata(node: Node) -> bool:
     if node.op == "call_function" and node.target is getattr:
         return node.args[1] in ("ndim", "shape", "dtype", "device", "is_cuda")
-    return node.op == "call_method" and node.target in ("dim", "ndimension", "size", "numel", "is_floating_point")
+    return node.op == "call_method" and node.target in (
+        "dim",
+        "ndimension",
+        "size",
+        "numel",
+        "is_floating_point",
+    )
 
 
 # --- What happens in between -------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from convbn_fx import kinds
 from convbn_fx.graph_module import GraphModule

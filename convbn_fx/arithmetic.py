@@ -1,0 +1,156 @@
+"""The arithmetic: a convolution, a batch norm with frozen statistics, and the two folded into one set of parameters.
+
+A convolution `Y = W * X + b` followed by a batch norm with frozen statistics,
+
+    Z = gamma (Y - mu) / sqrt(var + eps) + beta,
+
+is with `scale = gamma / sqrt(var + eps)` the same as one convolution with parameters fused on the fly,
+
+    Z = (scale W) * X + shift,    shift = beta + scale (b - mu)
+
+(You et al., "Efficient ConvBN Blocks for Transfer Learning and Beyond", arXiv 2305.11624, section 3).
+"""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from convbn_fx.kinds import BatchNorm, Convolution
+
+
+def convolution(conv: nn.Module | Convolution, /, *args: Any, **kwargs: Any) -> Tensor:
+    """The convolution alone: the module called, or the PyTorch function that the operands name."""
+    if isinstance(conv, Convolution):
+        (input,) = args
+        return OPERATIONS[conv.op](input, conv)
+    return conv(*args, **kwargs)  # type: ignore[no-any-return]
+
+
+def batch_norm(norm: nn.Module | BatchNorm, input: Tensor, /) -> Tensor:
+    """The batch norm alone: the module called, or `F.batch_norm` with frozen statistics."""
+    if isinstance(norm, BatchNorm):
+        return F.batch_norm(
+            input, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps
+        )
+    return norm(input)  # type: ignore[no-any-return]
+
+
+def _conv(function: Callable[..., Tensor]) -> Callable[[Tensor, Convolution], Tensor]:
+    return lambda input, conv: function(
+        input, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
+    )
+
+
+def _conv_transpose(function: Callable[..., Tensor]) -> Callable[[Tensor, Convolution], Tensor]:
+    return lambda input, conv: function(
+        input,
+        conv.weight,
+        conv.bias,
+        conv.stride,
+        conv.padding,
+        conv.output_padding,
+        conv.groups,
+        conv.dilation,
+    )
+
+
+#: The PyTorch functions behind `Convolution.op`, each called as `OPERATIONS[op](input, conv)`.
+OPERATIONS: Final[dict[str, Callable[[Tensor, Convolution], Tensor]]] = {
+    "conv1d": _conv(torch.conv1d),
+    "conv2d": _conv(torch.conv2d),
+    "conv3d": _conv(torch.conv3d),
+    "conv_transpose1d": _conv_transpose(torch.conv_transpose1d),
+    "conv_transpose2d": _conv_transpose(torch.conv_transpose2d),
+    "conv_transpose3d": _conv_transpose(torch.conv_transpose3d),
+    "convolution": lambda input, conv: torch.convolution(input, *conv[1:]),
+    "linear": lambda input, conv: F.linear(input, conv.weight, conv.bias),
+}
+
+
+def fold(conv: Convolution, norm: BatchNorm) -> tuple[Tensor, Tensor]:
+    """The parameters of the one convolution that equals a convolution and the batch norm after it.
+
+    `(scale W, beta + scale (b - mu))` as above, differentiable in every operand but the statistics. The vectors are
+    computed in float64 where the device has it, so that the only roundings are those of the results.
+
+    Args:
+        conv: The convolution; weight of shape (C_out, C_in / groups, ...), transposed (C_in, C_out / groups, ...).
+        norm: The batch norm with frozen statistics; vectors of shape (C_out,).
+
+    Returns:
+        The fused weight, shaped like `conv.weight`, and the fused bias, of shape (C_out,), in the dtype of
+        `conv.weight`.
+    """
+    scale = scale_of(norm.weight, inverse_deviation(norm.running_var, norm.eps))
+    shift = scale * centred(conv.bias, norm.running_mean)
+    if norm.bias is not None:
+        shift = shift + norm.bias
+    return scaled(conv.weight, scale, conv), shift.to(conv.weight.dtype)
+
+
+def inverse_deviation(running_var: Tensor, eps: float) -> Tensor:
+    """`1 / sqrt(var + eps)`, of shape (C_out,), in the dtype that vectors are computed in."""
+    return torch.rsqrt(_precise(running_var) + eps)
+
+
+def scale_of(gamma: Tensor | None, inverse_deviation: Tensor) -> Tensor:
+    """`gamma / sqrt(var + eps)`, of shape (C_out,). It may be zero: nothing divides by it."""
+    return inverse_deviation if gamma is None else gamma * inverse_deviation
+
+
+def centred(bias: Tensor | None, running_mean: Tensor) -> Tensor:
+    """`b - mu`, of shape (C_out,); the two may be large and nearly cancel."""
+    mean = _precise(running_mean)
+    return -mean if bias is None else bias - mean
+
+
+def _precise(statistics: Tensor) -> Tensor:
+    """The statistics as batch norm sees them, without gradient, in the dtype that vectors are computed in."""
+    return statistics.detach().to(torch.float32 if statistics.device.type == "mps" else torch.float64)
+
+
+def scaled(weight: Tensor, scale: Tensor, conv: Convolution) -> Tensor:
+    """The weight with each output channel multiplied by its element of `scale`, in the weight's dtype.
+
+    Args:
+        weight: Weight of the convolution, or its gradient. Half precision is multiplied in float32.
+        scale: Shape (C_out,), in any floating dtype.
+        conv: How the channels lie. A transposed convolution holds C_out / groups output channels in dimension 1,
+            those of group g in the g-th part of its C_in rows.
+    """
+    return (weight * along_output_channels(scale, weight, conv)).to(weight.dtype)
+
+
+def along_output_channels(scale: Tensor, weight: Tensor, conv: Convolution) -> Tensor:
+    """`scale`, of shape (C_out,), in a shape that broadcasts over the output channels of `weight`."""
+    scale = scale.to(torch.promote_types(weight.dtype, torch.float32))
+    ones = [1] * (weight.ndim - 2)
+    if not conv.transposed:
+        return scale.view(-1, 1, *ones)
+    if conv.groups == 1:
+        return scale.view(1, -1, *ones)
+    rows = scale.view(conv.groups, -1).repeat_interleave(weight.shape[0] // conv.groups, dim=0)
+    return rows.view(weight.shape[0], -1, *ones)
+
+
+def products(left: Tensor, right: Tensor, conv: Convolution) -> Tensor:
+    """The scalar products of two weights, one per output channel: shape (C_out,)."""
+    if conv.transposed:
+        left, right = (
+            weight.unflatten(0, (conv.groups, -1)).transpose(1, 2).flatten(0, 1) for weight in (left, right)
+        )
+    result: Tensor = torch.linalg.vecdot(left.flatten(1), right.flatten(1))
+    return result
+
+
+def output_channels(conv: Convolution) -> int:
+    """C_out."""
+    return int(conv.weight.shape[1] * conv.groups if conv.transposed else conv.weight.shape[0])
+
+
+def is_half(dtype: torch.dtype) -> bool:
+    """Whether a convolution in this dtype leaves the scale on its output."""
+    return dtype in (torch.float16, torch.bfloat16)

@@ -1,0 +1,30 @@
+"""What autocast does to a convolution, said in dtypes, so that a backward pass does not depend on its state."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convbn_fx.kinds import Convolution
+
+
+def computing_dtype(input: Tensor, conv: Convolution) -> torch.dtype | None:
+    """The dtype that the convolution computes in, or None where its operands do not agree on one.
+
+    Autocast casts the operands of every function that it knows, except float64 ones; `torch.convolution` it lets be.
+    """
+    operands = [tensor for tensor in (input, conv.weight, conv.bias) if tensor is not None]
+    if conv.op != "convolution" and _is_enabled(input.device.type):
+        dtype = torch.get_autocast_dtype(input.device.type)
+        return None if any(tensor.dtype == torch.float64 for tensor in operands) else dtype
+    return input.dtype if all(tensor.dtype == input.dtype for tensor in operands) else None
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """A context in which autocast casts nothing, for code that has chosen its dtypes."""
+    return torch.autocast(device_type, enabled=False) if _is_enabled(device_type) else nullcontext()
+
+
+def _is_enabled(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
