@@ -126,7 +126,8 @@ def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     conv: Convolution = ctx.conv
     input, weight, bias, gamma, running_mean, running_var = ctx.saved_tensors
     # As the convolution saw them:
-    weight, bias = (None if tensor is None else tensor.to(ctx.input_dtype) for tensor in (weight, bias))
+    weight = weight if weight is None else weight.to(ctx.input_dtype)
+    bias = bias if bias is None else bias.to(ctx.input_dtype)
     inverse = inverse_deviation(running_var, ctx.eps)
     scale = scale_of(gamma, inverse)
     output_scale, weight_scale = _sides(scale, ctx.input_dtype, wanted)

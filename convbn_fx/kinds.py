@@ -255,76 +255,79 @@ def _methods(cls: type[nn.Module]) -> tuple[tuple[str, object], ...]:
     return tuple((name, getattr(cls, name)) for name in _FORWARD_METHODS if hasattr(cls, name))
 
 
-def _conv_row(
-    cls: type[nn.Module], operands: Callable[..., tuple[Any, Convolution]], batched_rank: int
-) -> ConvolutionKind:
-    return ConvolutionKind(cls.__name__, operands, batched_rank, _methods(cls))
-
-
-def _batch_norm_row(cls: type[nn.Module], accepted_ranks: tuple[int, ...] | None) -> BatchNormKind:
-    return BatchNormKind(cls.__name__, _batch_norm_module, accepted_ranks, methods=_methods(cls))
-
-
 _CONVOLUTION_CLASSES: dict[type[nn.Module], ConvolutionKind] = {
-    nn.Conv1d: _conv_row(nn.Conv1d, _conv_module("conv1d"), 3),
-    nn.Conv2d: _conv_row(nn.Conv2d, _conv_module("conv2d"), 4),
-    nn.Conv3d: _conv_row(nn.Conv3d, _conv_module("conv3d"), 5),
-    nn.ConvTranspose1d: _conv_row(nn.ConvTranspose1d, _conv_transpose_module("conv_transpose1d", 1), 3),
-    nn.ConvTranspose2d: _conv_row(nn.ConvTranspose2d, _conv_transpose_module("conv_transpose2d", 2), 4),
-    nn.ConvTranspose3d: _conv_row(nn.ConvTranspose3d, _conv_transpose_module("conv_transpose3d", 3), 5),
-    nn.Linear: _conv_row(nn.Linear, _linear_module, 2),
+    cls: ConvolutionKind(cls.__name__, operands, batched_rank, _methods(cls))
+    for cls, operands, batched_rank in (
+        (nn.Conv1d, _conv_module("conv1d"), 3),
+        (nn.Conv2d, _conv_module("conv2d"), 4),
+        (nn.Conv3d, _conv_module("conv3d"), 5),
+        (nn.ConvTranspose1d, _conv_transpose_module("conv_transpose1d", 1), 3),
+        (nn.ConvTranspose2d, _conv_transpose_module("conv_transpose2d", 2), 4),
+        (nn.ConvTranspose3d, _conv_transpose_module("conv_transpose3d", 3), 5),
+        (nn.Linear, _linear_module, 2),
+    )
 }
 
 _BATCH_NORM_CLASSES: dict[type[nn.Module], BatchNormKind] = {
-    nn.BatchNorm1d: _batch_norm_row(nn.BatchNorm1d, (2, 3)),
-    nn.BatchNorm2d: _batch_norm_row(nn.BatchNorm2d, (4,)),
-    nn.BatchNorm3d: _batch_norm_row(nn.BatchNorm3d, (5,)),
-    nn.SyncBatchNorm: _batch_norm_row(nn.SyncBatchNorm, None),
+    cls: BatchNormKind(cls.__name__, _batch_norm_module, accepted_ranks, methods=_methods(cls))
+    for cls, accepted_ranks in (
+        (nn.BatchNorm1d, (2, 3)),
+        (nn.BatchNorm2d, (4,)),
+        (nn.BatchNorm3d, (5,)),
+        (nn.SyncBatchNorm, None),
+    )
 }
 
+# Each row: the function, its name in reports, its signature (above), and what that needs to know.
 CONVOLUTION_FUNCTIONS: Final[dict[object, ConvolutionKind]] = {
-    torch.conv1d: ConvolutionKind("conv1d", _conv_call("conv1d"), 3),
-    torch.conv2d: ConvolutionKind("conv2d", _conv_call("conv2d"), 4),
-    torch.conv3d: ConvolutionKind("conv3d", _conv_call("conv3d"), 5),
-    torch.conv_transpose1d: ConvolutionKind("conv_transpose1d", _conv_transpose_call("conv_transpose1d"), 3),
-    torch.conv_transpose2d: ConvolutionKind("conv_transpose2d", _conv_transpose_call("conv_transpose2d"), 4),
-    torch.conv_transpose3d: ConvolutionKind("conv_transpose3d", _conv_transpose_call("conv_transpose3d"), 5),
-    torch.convolution: ConvolutionKind("convolution", _convolution_call),
-    F.linear: ConvolutionKind("linear", _linear_call, 2),
-    aten.conv1d.default: ConvolutionKind("aten.conv1d", _conv_call("conv1d"), 3),
-    aten.conv1d.padding: ConvolutionKind("aten.conv1d", _conv_call("conv1d"), 3),
-    aten.conv2d.default: ConvolutionKind("aten.conv2d", _conv_call("conv2d"), 4),
-    aten.conv2d.padding: ConvolutionKind("aten.conv2d", _conv_call("conv2d"), 4),
-    aten.conv3d.default: ConvolutionKind("aten.conv3d", _conv_call("conv3d"), 5),
-    aten.conv3d.padding: ConvolutionKind("aten.conv3d", _conv_call("conv3d"), 5),
-    aten.conv_transpose1d.default: ConvolutionKind(
-        "aten.conv_transpose1d", _conv_transpose_call("conv_transpose1d"), 3
-    ),
-    aten.conv_transpose2d.input: ConvolutionKind(
-        "aten.conv_transpose2d", _conv_transpose_call("conv_transpose2d"), 4
-    ),
-    aten.conv_transpose3d.input: ConvolutionKind(
-        "aten.conv_transpose3d", _conv_transpose_call("conv_transpose3d"), 5
-    ),
-    aten.convolution.default: ConvolutionKind("aten.convolution", _convolution_call),
-    aten.linear.default: ConvolutionKind("aten.linear", _linear_call, 2),
+    function: ConvolutionKind(name, operands, batched_rank)
+    for function, name, operands, batched_rank in (
+        (torch.conv1d, "conv1d", _conv_call("conv1d"), 3),
+        (torch.conv2d, "conv2d", _conv_call("conv2d"), 4),
+        (torch.conv3d, "conv3d", _conv_call("conv3d"), 5),
+        (torch.conv_transpose1d, "conv_transpose1d", _conv_transpose_call("conv_transpose1d"), 3),
+        (torch.conv_transpose2d, "conv_transpose2d", _conv_transpose_call("conv_transpose2d"), 4),
+        (torch.conv_transpose3d, "conv_transpose3d", _conv_transpose_call("conv_transpose3d"), 5),
+        (torch.convolution, "convolution", _convolution_call, None),
+        (F.linear, "linear", _linear_call, 2),
+        (aten.conv1d.default, "aten.conv1d", _conv_call("conv1d"), 3),
+        (aten.conv1d.padding, "aten.conv1d", _conv_call("conv1d"), 3),
+        (aten.conv2d.default, "aten.conv2d", _conv_call("conv2d"), 4),
+        (aten.conv2d.padding, "aten.conv2d", _conv_call("conv2d"), 4),
+        (aten.conv3d.default, "aten.conv3d", _conv_call("conv3d"), 5),
+        (aten.conv3d.padding, "aten.conv3d", _conv_call("conv3d"), 5),
+        (aten.conv_transpose1d.default, "aten.conv_transpose1d", _conv_transpose_call("conv_transpose1d"), 3),
+        (aten.conv_transpose2d.input, "aten.conv_transpose2d", _conv_transpose_call("conv_transpose2d"), 4),
+        (aten.conv_transpose3d.input, "aten.conv_transpose3d", _conv_transpose_call("conv_transpose3d"), 5),
+        (aten.convolution.default, "aten.convolution", _convolution_call, None),
+        (aten.linear.default, "aten.linear", _linear_call, 2),
+    )
 }
 
+# Each row: the function, its name in reports, its signature (above), and where its output is.
 BATCH_NORM_FUNCTIONS: Final[dict[object, BatchNormKind]] = {
-    F.batch_norm: BatchNormKind("batch_norm", _functional_batch_norm_call),
-    torch.batch_norm: BatchNormKind("batch_norm", _batch_norm_call),
-    aten.batch_norm.default: BatchNormKind("aten.batch_norm", _batch_norm_call),
-    torch.native_batch_norm: BatchNormKind("native_batch_norm", _batch_norm_call, output_index=0),
-    aten.native_batch_norm.default: BatchNormKind("aten.native_batch_norm", _batch_norm_call, output_index=0),
-    aten._native_batch_norm_legit.default: BatchNormKind(
-        "aten._native_batch_norm_legit", _batch_norm_call, output_index=0
-    ),
-    aten._native_batch_norm_legit_no_training.default: BatchNormKind(
-        "aten._native_batch_norm_legit_no_training", _batch_norm_no_training_call, output_index=0
-    ),
-    aten._batch_norm_no_update.default: BatchNormKind(
-        "aten._batch_norm_no_update", _batch_norm_no_training_call, output_index=0
-    ),
+    function: BatchNormKind(name, operands, output_index=output_index)
+    for function, name, operands, output_index in (
+        (F.batch_norm, "batch_norm", _functional_batch_norm_call, None),
+        (torch.batch_norm, "batch_norm", _batch_norm_call, None),
+        (torch.native_batch_norm, "native_batch_norm", _batch_norm_call, 0),
+        (aten.batch_norm.default, "aten.batch_norm", _batch_norm_call, None),
+        (aten.native_batch_norm.default, "aten.native_batch_norm", _batch_norm_call, 0),
+        (aten.cudnn_batch_norm.default, "aten.cudnn_batch_norm", _batch_norm_call, 0),
+        (aten._native_batch_norm_legit.default, "aten._native_batch_norm_legit", _batch_norm_call, 0),
+        (
+            aten._native_batch_norm_legit_no_training.default,
+            "aten._native_batch_norm_legit_no_training",
+            _batch_norm_no_training_call,
+            0,
+        ),
+        (
+            aten._batch_norm_no_update.default,
+            "aten._batch_norm_no_update",
+            _batch_norm_no_training_call,
+            0,
+        ),
+    )
 }
 
 
