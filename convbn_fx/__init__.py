@@ -4,7 +4,7 @@ A `torch.fx` pass for models whose batch norms are in Eval mode (frozen statisti
 [`transform`][convbn_fx.transform].
 """
 
-from convbn_fx import functional, kinds, memory, testing
+from convbn_fx import functional, kinds, memory, operands, testing
 from convbn_fx.api import report, transform
 from convbn_fx.kinds import register_batch_norm, register_conv
 from convbn_fx.records import Pair, Report, Skip, SkipReason
@@ -19,6 +19,7 @@ __all__ = [
     "functional",
     "kinds",
     "memory",
+    "operands",
     "register_batch_norm",
     "register_conv",
     "report",

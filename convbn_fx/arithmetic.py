@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from convbn_fx.kinds import BatchNorm, Convolution
+from convbn_fx.operands import BatchNorm, Convolution
 
 
 def convolution(conv: nn.Module | Convolution, /, *args: Any, **kwargs: Any) -> Tensor:

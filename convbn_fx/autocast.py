@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convbn_fx.kinds import Convolution
+from convbn_fx.operands import Convolution
 
 
 def computing_dtype(input: Tensor, conv: Convolution) -> torch.dtype | None:

@@ -22,7 +22,8 @@ from convbn_fx.arithmetic import batch_norm, convolution, fold, is_half, output_
 from convbn_fx.autocast import computing_dtype
 from convbn_fx.fused import fused_convolution
 from convbn_fx.geometry import Geometry
-from convbn_fx.kinds import BatchNorm, BatchNormKind, Convolution
+from convbn_fx.kinds import BatchNormKind
+from convbn_fx.operands import BatchNorm, Convolution
 
 __all__ = ["conv_batch_norm", "fold"]
 

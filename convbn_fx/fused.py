@@ -32,7 +32,7 @@ from convbn_fx.arithmetic import (
 )
 from convbn_fx.autocast import without_autocast
 from convbn_fx.geometry import Geometry
-from convbn_fx.kinds import BatchNorm, Convolution
+from convbn_fx.operands import BatchNorm, Convolution
 
 # A scale on the output has to be divided out of gamma's gradient. Down to this size it is; below, this constant is put
 # on the output in its place and the rest on the weight, so that gamma may be tiny or 0.
@@ -126,8 +126,10 @@ def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     conv: Convolution = ctx.conv
     input, weight, bias, gamma, running_mean, running_var = ctx.saved_tensors
     # As the convolution saw them:
-    weight = weight if weight is None else weight.to(ctx.input_dtype)
-    bias = bias if bias is None else bias.to(ctx.input_dtype)
+    if weight is not None:
+        weight = weight.to(ctx.input_dtype)
+    if bias is not None:
+        bias = bias.to(ctx.input_dtype)
     inverse = inverse_deviation(running_var, ctx.eps)
     scale = scale_of(gamma, inverse)
     output_scale, weight_scale = _sides(scale, ctx.input_dtype, wanted)

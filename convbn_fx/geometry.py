@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from convbn_fx.kinds import Convolution
+from convbn_fx.operands import Convolution
 
 
 class Geometry(NamedTuple):

@@ -1,16 +1,14 @@
 """The table of kinds: which modules and functions are convolutions and batch norms, and where their operands lie.
 
-A *kind* knows how to turn one call, of a module or of a function, into the same normal form: the input and a
-[`Convolution`][convbn_fx.kinds.Convolution] or [`BatchNorm`][convbn_fx.kinds.BatchNorm] tuple of operands. It does so
-alike for tensors (when a module is called) and for graph nodes (when a function call is matched), so that nothing
-behind this file needs to know which spelling a model used.
+A *kind* knows how to read one call, of a module or of a function, into the normal form of
+[`operands`][convbn_fx.operands], so that nothing behind this file needs to know which spelling a model used.
 
 A class is in the table by identity, never by `isinstance`: what a subclass's own forward does is unknown.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,36 +17,23 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
+from convbn_fx.operands import (
+    BatchNorm,
+    Convolution,
+    batch_norm_call,
+    batch_norm_module,
+    batch_norm_no_training_call,
+    conv_call,
+    conv_module,
+    conv_transpose_call,
+    conv_transpose_module,
+    convolution_call,
+    functional_batch_norm_call,
+    linear_call,
+    linear_module,
+)
+
 aten = torch.ops.aten
-
-
-class Convolution(NamedTuple):
-    """Operands of a functional convolution or linear layer, besides its input.
-
-    The tensors are tensors at run time and graph nodes in a rewritten graph. `op` says which PyTorch function is
-    meant (autocast treats `conv2d` and `convolution` differently): a key of
-    [`OPERATIONS`][convbn_fx.functional.OPERATIONS].
-    """
-
-    op: str
-    weight: Any
-    bias: Any = None
-    stride: Any = 1
-    padding: Any = 0
-    dilation: Any = 1
-    transposed: bool = False
-    output_padding: Any = 0
-    groups: Any = 1
-
-
-class BatchNorm(NamedTuple):
-    """Operands of a batch norm with frozen statistics, besides its input: four vectors of shape (C,), and eps."""
-
-    running_mean: Any
-    running_var: Any
-    weight: Any = None
-    bias: Any = None
-    eps: Any = 1e-5
 
 
 @dataclass(frozen=True)
@@ -98,145 +83,6 @@ class BatchNormKind:
         return rank >= 2 if self.accepted_ranks is None else rank in self.accepted_ranks
 
 
-# --- How modules hold their operands -----------------------------------------------------------------------------
-
-
-def _conv_module(op: str) -> Callable[..., tuple[Tensor, Convolution]]:
-    def operands(module: Any, input: Tensor) -> tuple[Tensor, Convolution]:
-        padding = module.padding
-        if module.padding_mode != "zeros":
-            input = F.pad(input, module._reversed_padding_repeated_twice, mode=module.padding_mode)
-            padding = 0
-        return input, Convolution(
-            op, module.weight, module.bias, module.stride, padding, module.dilation, groups=module.groups
-        )
-
-    return operands
-
-
-def _conv_transpose_module(op: str, spatial_rank: int) -> Callable[..., tuple[Tensor, Convolution]]:
-    def operands(
-        module: Any, input: Tensor, output_size: list[int] | None = None
-    ) -> tuple[Tensor, Convolution]:
-        output_padding = module._output_padding(
-            input,
-            output_size,
-            module.stride,
-            module.padding,
-            module.kernel_size,
-            spatial_rank,
-            module.dilation,
-        )
-        return input, Convolution(
-            op,
-            module.weight,
-            module.bias,
-            module.stride,
-            module.padding,
-            module.dilation,
-            True,
-            output_padding,
-            module.groups,
-        )
-
-    return operands
-
-
-def _linear_module(module: Any, input: Tensor) -> tuple[Tensor, Convolution]:
-    return input, Convolution("linear", module.weight, module.bias)
-
-
-def _batch_norm_module(module: Any) -> BatchNorm:
-    return BatchNorm(module.running_mean, module.running_var, module.weight, module.bias, module.eps)
-
-
-# --- How functions are called: these signatures are those of the functions ----------------------------------------
-
-
-def _conv_call(op: str) -> Callable[..., tuple[Any, Convolution]]:
-    def operands(
-        input: Any,
-        weight: Any,
-        bias: Any = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: Any = 1,
-    ) -> tuple[Any, Convolution]:
-        return input, Convolution(op, weight, bias, stride, padding, dilation, groups=groups)
-
-    return operands
-
-
-def _conv_transpose_call(op: str) -> Callable[..., tuple[Any, Convolution]]:
-    def operands(
-        input: Any,
-        weight: Any,
-        bias: Any = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        output_padding: Any = 0,
-        groups: Any = 1,
-        dilation: Any = 1,
-    ) -> tuple[Any, Convolution]:
-        return input, Convolution(op, weight, bias, stride, padding, dilation, True, output_padding, groups)
-
-    return operands
-
-
-def _convolution_call(
-    input: Any,
-    weight: Any,
-    bias: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    transposed: bool,
-    output_padding: Any,
-    groups: Any,
-) -> tuple[Any, Convolution]:
-    return input, Convolution(
-        "convolution", weight, bias, stride, padding, dilation, transposed, output_padding, groups
-    )
-
-
-def _linear_call(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Convolution]:
-    return input, Convolution("linear", weight, bias)
-
-
-def _functional_batch_norm_call(
-    input: Any,
-    running_mean: Any,
-    running_var: Any,
-    weight: Any = None,
-    bias: Any = None,
-    training: Any = False,
-    momentum: Any = 0.1,
-    eps: Any = 1e-5,
-) -> tuple[Any, Any, BatchNorm]:
-    return input, training, BatchNorm(running_mean, running_var, weight, bias, eps)
-
-
-def _batch_norm_call(
-    input: Any,
-    weight: Any,
-    bias: Any,
-    running_mean: Any,
-    running_var: Any,
-    training: Any,
-    momentum: Any,
-    eps: Any,
-    cudnn_enabled: Any = True,
-) -> tuple[Any, Any, BatchNorm]:
-    return input, training, BatchNorm(running_mean, running_var, weight, bias, eps)
-
-
-def _batch_norm_no_training_call(
-    input: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, momentum: Any, eps: Any
-) -> tuple[Any, Any, BatchNorm]:
-    return input, False, BatchNorm(running_mean, running_var, weight, bias, eps)
-
-
 # --- The table ---------------------------------------------------------------------------------------------------
 
 # Whatever a forward of torch.nn's convolutions and batch norms calls on itself: overridden on a class or patched on an
@@ -258,18 +104,18 @@ def _methods(cls: type[nn.Module]) -> tuple[tuple[str, object], ...]:
 _CONVOLUTION_CLASSES: dict[type[nn.Module], ConvolutionKind] = {
     cls: ConvolutionKind(cls.__name__, operands, batched_rank, _methods(cls))
     for cls, operands, batched_rank in (
-        (nn.Conv1d, _conv_module("conv1d"), 3),
-        (nn.Conv2d, _conv_module("conv2d"), 4),
-        (nn.Conv3d, _conv_module("conv3d"), 5),
-        (nn.ConvTranspose1d, _conv_transpose_module("conv_transpose1d", 1), 3),
-        (nn.ConvTranspose2d, _conv_transpose_module("conv_transpose2d", 2), 4),
-        (nn.ConvTranspose3d, _conv_transpose_module("conv_transpose3d", 3), 5),
-        (nn.Linear, _linear_module, 2),
+        (nn.Conv1d, conv_module("conv1d"), 3),
+        (nn.Conv2d, conv_module("conv2d"), 4),
+        (nn.Conv3d, conv_module("conv3d"), 5),
+        (nn.ConvTranspose1d, conv_transpose_module("conv_transpose1d", 1), 3),
+        (nn.ConvTranspose2d, conv_transpose_module("conv_transpose2d", 2), 4),
+        (nn.ConvTranspose3d, conv_transpose_module("conv_transpose3d", 3), 5),
+        (nn.Linear, linear_module, 2),
     )
 }
 
 _BATCH_NORM_CLASSES: dict[type[nn.Module], BatchNormKind] = {
-    cls: BatchNormKind(cls.__name__, _batch_norm_module, accepted_ranks, methods=_methods(cls))
+    cls: BatchNormKind(cls.__name__, batch_norm_module, accepted_ranks, methods=_methods(cls))
     for cls, accepted_ranks in (
         (nn.BatchNorm1d, (2, 3)),
         (nn.BatchNorm2d, (4,)),
@@ -282,25 +128,25 @@ _BATCH_NORM_CLASSES: dict[type[nn.Module], BatchNormKind] = {
 CONVOLUTION_FUNCTIONS: Final[dict[object, ConvolutionKind]] = {
     function: ConvolutionKind(name, operands, batched_rank)
     for function, name, operands, batched_rank in (
-        (torch.conv1d, "conv1d", _conv_call("conv1d"), 3),
-        (torch.conv2d, "conv2d", _conv_call("conv2d"), 4),
-        (torch.conv3d, "conv3d", _conv_call("conv3d"), 5),
-        (torch.conv_transpose1d, "conv_transpose1d", _conv_transpose_call("conv_transpose1d"), 3),
-        (torch.conv_transpose2d, "conv_transpose2d", _conv_transpose_call("conv_transpose2d"), 4),
-        (torch.conv_transpose3d, "conv_transpose3d", _conv_transpose_call("conv_transpose3d"), 5),
-        (torch.convolution, "convolution", _convolution_call, None),
-        (F.linear, "linear", _linear_call, 2),
-        (aten.conv1d.default, "aten.conv1d", _conv_call("conv1d"), 3),
-        (aten.conv1d.padding, "aten.conv1d", _conv_call("conv1d"), 3),
-        (aten.conv2d.default, "aten.conv2d", _conv_call("conv2d"), 4),
-        (aten.conv2d.padding, "aten.conv2d", _conv_call("conv2d"), 4),
-        (aten.conv3d.default, "aten.conv3d", _conv_call("conv3d"), 5),
-        (aten.conv3d.padding, "aten.conv3d", _conv_call("conv3d"), 5),
-        (aten.conv_transpose1d.default, "aten.conv_transpose1d", _conv_transpose_call("conv_transpose1d"), 3),
-        (aten.conv_transpose2d.input, "aten.conv_transpose2d", _conv_transpose_call("conv_transpose2d"), 4),
-        (aten.conv_transpose3d.input, "aten.conv_transpose3d", _conv_transpose_call("conv_transpose3d"), 5),
-        (aten.convolution.default, "aten.convolution", _convolution_call, None),
-        (aten.linear.default, "aten.linear", _linear_call, 2),
+        (torch.conv1d, "conv1d", conv_call("conv1d"), 3),
+        (torch.conv2d, "conv2d", conv_call("conv2d"), 4),
+        (torch.conv3d, "conv3d", conv_call("conv3d"), 5),
+        (torch.conv_transpose1d, "conv_transpose1d", conv_transpose_call("conv_transpose1d"), 3),
+        (torch.conv_transpose2d, "conv_transpose2d", conv_transpose_call("conv_transpose2d"), 4),
+        (torch.conv_transpose3d, "conv_transpose3d", conv_transpose_call("conv_transpose3d"), 5),
+        (torch.convolution, "convolution", convolution_call, None),
+        (F.linear, "linear", linear_call, 2),
+        (aten.conv1d.default, "aten.conv1d", conv_call("conv1d"), 3),
+        (aten.conv1d.padding, "aten.conv1d", conv_call("conv1d"), 3),
+        (aten.conv2d.default, "aten.conv2d", conv_call("conv2d"), 4),
+        (aten.conv2d.padding, "aten.conv2d", conv_call("conv2d"), 4),
+        (aten.conv3d.default, "aten.conv3d", conv_call("conv3d"), 5),
+        (aten.conv3d.padding, "aten.conv3d", conv_call("conv3d"), 5),
+        (aten.conv_transpose1d.default, "aten.conv_transpose1d", conv_transpose_call("conv_transpose1d"), 3),
+        (aten.conv_transpose2d.input, "aten.conv_transpose2d", conv_transpose_call("conv_transpose2d"), 4),
+        (aten.conv_transpose3d.input, "aten.conv_transpose3d", conv_transpose_call("conv_transpose3d"), 5),
+        (aten.convolution.default, "aten.convolution", convolution_call, None),
+        (aten.linear.default, "aten.linear", linear_call, 2),
     )
 }
 
@@ -308,23 +154,23 @@ CONVOLUTION_FUNCTIONS: Final[dict[object, ConvolutionKind]] = {
 BATCH_NORM_FUNCTIONS: Final[dict[object, BatchNormKind]] = {
     function: BatchNormKind(name, operands, output_index=output_index)
     for function, name, operands, output_index in (
-        (F.batch_norm, "batch_norm", _functional_batch_norm_call, None),
-        (torch.batch_norm, "batch_norm", _batch_norm_call, None),
-        (torch.native_batch_norm, "native_batch_norm", _batch_norm_call, 0),
-        (aten.batch_norm.default, "aten.batch_norm", _batch_norm_call, None),
-        (aten.native_batch_norm.default, "aten.native_batch_norm", _batch_norm_call, 0),
-        (aten.cudnn_batch_norm.default, "aten.cudnn_batch_norm", _batch_norm_call, 0),
-        (aten._native_batch_norm_legit.default, "aten._native_batch_norm_legit", _batch_norm_call, 0),
+        (F.batch_norm, "batch_norm", functional_batch_norm_call, None),
+        (torch.batch_norm, "batch_norm", batch_norm_call, None),
+        (torch.native_batch_norm, "native_batch_norm", batch_norm_call, 0),
+        (aten.batch_norm.default, "aten.batch_norm", batch_norm_call, None),
+        (aten.native_batch_norm.default, "aten.native_batch_norm", batch_norm_call, 0),
+        (aten.cudnn_batch_norm.default, "aten.cudnn_batch_norm", batch_norm_call, 0),
+        (aten._native_batch_norm_legit.default, "aten._native_batch_norm_legit", batch_norm_call, 0),
         (
             aten._native_batch_norm_legit_no_training.default,
             "aten._native_batch_norm_legit_no_training",
-            _batch_norm_no_training_call,
+            batch_norm_no_training_call,
             0,
         ),
         (
             aten._batch_norm_no_update.default,
             "aten._batch_norm_no_update",
-            _batch_norm_no_training_call,
+            batch_norm_no_training_call,
             0,
         ),
     )
@@ -394,7 +240,7 @@ def register_conv(
         like: A class in the table whose forward `cls` computes, from the same attributes. By default the nearest
             base class of `cls` in the table.
         operands: Instead of `like`: given the module and the arguments of its call, returns the input tensor (padded
-            or reshaped as the forward does, batch first) and the [`Convolution`][convbn_fx.kinds.Convolution].
+            or reshaped as the forward does, batch first) and the [`Convolution`][convbn_fx.operands.Convolution].
 
     Raises:
         TypeError: `cls` is no `torch.nn.Module` class, or nothing tells what its forward computes.
@@ -433,7 +279,7 @@ def register_batch_norm(
         cls: The class itself; its subclasses are not meant.
         like: A class in the table whose forward `cls` computes, from the same attributes. By default the nearest
             base class of `cls` in the table.
-        operands: Instead of `like`: given the module, returns its [`BatchNorm`][convbn_fx.kinds.BatchNorm].
+        operands: Instead of `like`: given the module, returns its [`BatchNorm`][convbn_fx.operands.BatchNorm].
 
     Raises:
         TypeError: `cls` is no `torch.nn.Module` class, or nothing tells what its forward computes.

@@ -13,7 +13,7 @@ from torch.fx.node import map_arg
 
 from convbn_fx.functional import conv_batch_norm
 from convbn_fx.graph_module import GraphModule
-from convbn_fx.kinds import BatchNorm
+from convbn_fx.operands import BatchNorm
 from convbn_fx.records import Match
 
 
