@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 
 import convbn_fx
 from convbn_fx.functional import conv_batch_norm
-from convbn_fx.kinds import BatchNorm
+from convbn_fx.operands import BatchNorm
 
 EVAL, TUNE, DEPLOY = "Eval", "Tune", "Deploy"
 

@@ -14,8 +14,7 @@ import random
 import re
 import reprlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
 
@@ -287,13 +286,16 @@ def _observe_both(
     """Observe each model from the same state; AssertionError if only one raises, or another type."""
     models = (reference, candidate)
     devices = _accelerators(inputs, kwargs, *models)
+    put_back = _snapshot(models, devices)
     calls = []
     for model in models:
-        with _left_as_found(models, devices):
+        try:
             call = _observe(model, inputs, kwargs, seed=seed, input_gradients=input_gradients)
             after = {f"{name} after the call": value for name, value in _random_state(devices).items()}
             call.state |= after
             calls.append(call)
+        finally:
+            put_back()
     expected, actual = calls
     if type(expected.error) is not type(actual.error):
         message = f"the reference {expected}, but the candidate {actual}"
@@ -429,13 +431,14 @@ def _tensor_difference(name: str, kind: object, expected: Tensor, actual: Tensor
     """Find the worst element of two tensors of one dtype, shape, device and layout."""
     if expected.layout is not torch.strided:
         expected, actual = expected.to_dense(), actual.to_dense()
+    scale = _largest_magnitude(expected)
+    if torch.equal(expected, actual):
+        return _Difference(name, kind, scale=scale)
     same = ((expected == actual) | (expected.isnan() & actual.isnan())).cpu()
-    wide = torch.complex128 if expected.is_complex() else torch.float64
-    expected, actual = expected.cpu().to(wide), actual.cpu().to(wide)
-    finite = expected.abs()[expected.isfinite()]
-    scale = finite.max().item() if finite.numel() else 0.0
     if same.all():
         return _Difference(name, kind, scale=scale)
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    expected, actual = expected.cpu().to(wide), actual.cpu().to(wide)
     infinity, tiny = (
         float("inf"),
         torch.finfo(torch.float64).tiny,
@@ -447,21 +450,29 @@ def _tensor_difference(name: str, kind: object, expected: Tensor, actual: Tensor
     return _Difference(name, kind, errors[index].item(), scale, worst)
 
 
-@contextmanager
-def _left_as_found(models: Iterable[Model], devices: Iterable[torch.device]) -> Iterator[None]:
-    """Put attributes, registrations and tensors of all modules and the random state back."""
+def _largest_magnitude(tensor: Tensor) -> float:
+    """The largest finite magnitude in a tensor, 0 where there is none."""
+    magnitudes = (tensor if _is_inexact(tensor) else tensor.double()).abs()
+    if magnitudes.numel() and not magnitudes.max().isfinite():
+        magnitudes = magnitudes[magnitudes.isfinite()]
+    return magnitudes.max().item() if magnitudes.numel() else 0.0
+
+
+def _snapshot(models: Iterable[Model], devices: Iterable[torch.device]) -> Callable[[], None]:
+    """Remember all modules' attributes, registrations and tensors and the random state.
+
+    Returns:
+        A function that puts them back.
+    """
     modules = {module for model in models if isinstance(model, nn.Module) for module in model.modules()}
     holders = [vars(module) for module in modules]
     holders += [held for m in modules for held in (m._parameters, m._buffers, m._modules)]
     found = [(holder, dict(holder)) for holder in holders]
-    tensors = {
-        id(value): value for _, items in found for value in items.values() if isinstance(value, Tensor)
-    }
-    contents = [(tensor, tensor.detach().clone()) for tensor in tensors.values()]
+    values = [value for _, items in found for value in items.values() if isinstance(value, Tensor)]
+    contents = [(tensor, tensor.detach().clone()) for tensor in {id(v): v for v in values}.values()]
     random_state = _random_state(devices)
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         for holder, items in found:
             if [(k, id(v)) for k, v in holder.items()] != [(k, id(v)) for k, v in items.items()]:
                 holder.clear()
@@ -470,6 +481,8 @@ def _left_as_found(models: Iterable[Model], devices: Iterable[torch.device]) -> 
             if not torch.equal(tensor, content):
                 tensor.data.copy_(content)  # .data: graphs of the caller must not see a new version
         _set_random_state(random_state, devices)
+
+    return put_back
 
 
 def _random_state(devices: Iterable[torch.device]) -> _Values:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 
 from convbn_fx import kinds
@@ -19,7 +19,21 @@ from convbn_fx.graph_module import GraphModule
 
 
 class TracingError(RuntimeError):
-    """A model whose forward cannot be traced symbolically. Names the module at fault and the way out."""
+    """A model whose forward cannot be traced symbolically. Says which module stopped it, and the ways out.
+
+    Attributes:
+        module: Qualified name of the innermost module in which tracing failed; None for the root's own forward.
+    """
+
+    def __init__(self, root: str, module: str | None, error: Exception) -> None:
+        where = "its own forward" if module is None else f"its sub-module {module!r}"
+        super().__init__(
+            f"{root} cannot be traced symbolically: {where} raised {type(error).__name__}: {error}\n"
+            "Ways out: trace the traceable sub-modules by themselves (model.backbone = "
+            "convbn_fx.transform(convbn_fx.symbolic_trace(model.backbone))), make the arguments that control flow "
+            "depends on constants (concrete_args={...}), or capture the model with torch.export."
+        )
+        self.module = module
 
 
 class Tracer(torch.fx.Tracer):
@@ -27,19 +41,23 @@ class Tracer(torch.fx.Tracer):
 
     Args:
         opened: Qualified names of modules to walk through although they hold no batch norm.
+        closed: Qualified names of modules to keep as leaves although they hold one.
     """
 
     # Buffers are read where the forward reads them, not when it is traced, and tracing never changes them.
     proxy_buffer_attributes = True
 
-    def __init__(self, opened: frozenset[str] = frozenset()) -> None:
+    def __init__(self, opened: frozenset[str] = frozenset(), closed: frozenset[str] = frozenset()) -> None:
         super().__init__()
         self.opened = opened
-        self.culprit: str | None = None
+        self.closed = closed
+        self.culprit: str | None = None  # the innermost module in which tracing failed
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether calling `m` becomes one node."""
         if kinds.convolution_kind(m) or kinds.batch_norm_kind(m) or kinds.has_hooks(m):
+            return True
+        if module_qualified_name in self.closed:
             return True
         if module_qualified_name in self.opened:
             return False
@@ -53,7 +71,7 @@ class Tracer(torch.fx.Tracer):
             return super().call_module(m, forward, args, kwargs)
         except Exception:
             if self.culprit is None:
-                self.culprit = f"{self.path_of_module(m)} ({type(m).__name__})"
+                self.culprit = self.path_of_module(m)
             raise
 
 
@@ -86,38 +104,42 @@ def symbolic_trace(root: nn.Module, concrete_args: dict[str, Any] | None = None)
     if not isinstance(root, nn.Module):
         raise TypeError(f"symbolic_trace: expected a torch.nn.Module, got {type(root).__name__}")
     if "forward" in vars(root):
-        raise TracingError(
-            f"{type(root).__name__} has a forward of its own as an instance attribute, which tracing would ignore. "
-            "Move it to the class, or wrap the model in a module that calls it."
-        )
-    traced = _trace(root, concrete_args, frozenset())
-    refused: frozenset[str] = frozenset()
-    while candidates := _leaves_before_batch_norms(traced) - refused:
-        name = min(candidates)
+        patched = TypeError("the instance's forward is not its class's, and tracing would ignore it")
+        raise TracingError(type(root).__name__, None, patched)
+    return _trace_as_far_as_possible(root, concrete_args)
+
+
+def _trace_as_far_as_possible(root: nn.Module, concrete_args: dict[str, Any] | None) -> GraphModule:
+    """Traces, with the leaves opened that feed a batch norm, and the batch norms closed that cannot be traced."""
+    opened: frozenset[str] = frozenset()
+    closed: frozenset[str] = frozenset()
+    while True:
         try:
-            traced = _trace(root, concrete_args, traced.meta["opened"] | {name})
-        except TracingError:  # then it stays a leaf, and its batch norm gets a Skip
-            refused |= {name}
-    del traced.meta["opened"]
-    return traced
+            traced = _trace(root, concrete_args, opened, closed)
+        except TracingError as error:
+            if error.module is None or error.module in closed:
+                raise
+            if error.module in opened or kinds.resembles_batch_norm(root.get_submodule(error.module)):
+                # It stays a leaf, and its batch norm gets a Skip.
+                opened, closed = opened - {error.module}, closed | {error.module}
+                continue
+            raise
+        feeding = _leaves_before_batch_norms(traced) - closed
+        if feeding <= opened:
+            return traced
+        opened |= feeding
 
 
-def _trace(root: nn.Module, concrete_args: dict[str, Any] | None, opened: frozenset[str]) -> GraphModule:
-    tracer = Tracer(opened)
+def _trace(
+    root: nn.Module, concrete_args: dict[str, Any] | None, opened: frozenset[str], closed: frozenset[str]
+) -> GraphModule:
+    tracer = Tracer(opened, closed)
     with _left_as_found(root):
         try:
             graph = tracer.trace(root, concrete_args)
         except Exception as error:
-            culprit = tracer.culprit or f"the forward of {type(root).__name__}"
-            raise TracingError(
-                f"{type(root).__name__} cannot be traced symbolically: {culprit} raised "
-                f"{type(error).__name__}: {error}\nTrace the traceable sub-modules by themselves "
-                "(model.backbone = transform(symbolic_trace(model.backbone))), make the arguments that its control "
-                "flow depends on constants (concrete_args=...), or capture the model with torch.export."
-            ) from error
-        traced = GraphModule(root, graph, type(root).__name__)
-    traced.meta["opened"] = opened
-    return traced
+            raise TracingError(type(root).__name__, tracer.culprit, error) from error
+        return GraphModule(root, graph, type(root).__name__)
 
 
 def _leaves_before_batch_norms(traced: GraphModule) -> frozenset[str]:
@@ -145,17 +167,24 @@ def _is_batch_norm(node: Node, traced: GraphModule) -> bool:
 
 @contextmanager
 def _left_as_found(root: nn.Module) -> Iterator[None]:
-    """Undoes what a forward, run with proxies, assigns to the modules, and what tracing stores on the root."""
-    found = {
-        module: {name: _copied(value) for name, value in vars(module).items()} for module in root.modules()
-    }
+    """Undoes what a forward, run with proxies, changes on the modules, and what tracing stores on the root.
+
+    Containers are put back in place: handles of hooks refer to them.
+    """
+    containers: list[Any] = [vars(module) for module in root.modules()]
+    attributes = [value for container in containers for value in container.values()]
+    containers += [value for value in attributes if isinstance(value, (dict, list, set))]
+    found = [(container, container.copy()) for container in containers]
+    tensors = [
+        (value, value.clone()) for value in attributes if isinstance(value, Tensor) and not value.is_meta
+    ]
     try:
-        yield
+        with torch.random.fork_rng(devices=[]):
+            yield
     finally:
-        for module, attributes in found.items():
-            vars(module).clear()
-            vars(module).update(attributes)
-
-
-def _copied(value: Any) -> Any:
-    return value.copy() if type(value) in (dict, list, set) else value
+        for container, content in found:
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(content)
+        for tensor, value in tensors:
+            if not torch.equal(tensor, value):
+                tensor.copy_(value)
