@@ -1,7 +1,7 @@
 """What autocast does to a convolution, said in dtypes, so that a backward pass does not depend on its state."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -26,5 +26,13 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     return torch.autocast(device_type, enabled=False) if _is_enabled(device_type) else nullcontext()
 
 
+# Asked once, because Dynamo of older versions cannot trace the question.
+_DEVICE_TYPES: Final = frozenset(
+    device_type
+    for device_type in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla")
+    if torch.amp.is_autocast_available(device_type)
+)
+
+
 def _is_enabled(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return device_type in _DEVICE_TYPES and torch.is_autocast_enabled(device_type)
