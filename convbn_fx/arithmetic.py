@@ -142,7 +142,9 @@ def products(left: Tensor, right: Tensor, conv: Convolution) -> Tensor:
         left, right = (
             weight.unflatten(0, (conv.groups, -1)).transpose(1, 2).flatten(0, 1) for weight in (left, right)
         )
-    result: Tensor = torch.linalg.vecdot(left.flatten(1), right.flatten(1))
+    # In the order of memory, so that flattening does not copy (channels_last).
+    order = [0, *sorted(range(1, left.ndim), key=left.stride, reverse=True)]
+    result: Tensor = torch.linalg.vecdot(left.permute(order).flatten(1), right.permute(order).flatten(1))
     return result
 
 

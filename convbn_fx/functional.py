@@ -99,27 +99,27 @@ def _frozen_kind(norm: nn.Module | BatchNorm) -> BatchNormKind | None:
 
 # --- Which form? -------------------------------------------------------------------------------------------------
 
-# Folding reads and writes a weight several times; normalising reads and writes an output once or twice. From this
-# many weight elements per output element on, Eval mode's two steps are the cheaper way, and what they save for the
-# backward pass, the output, is this much smaller than the weight.
-_WEIGHT_PER_OUTPUT: Final = 16
+# Folding reads and writes a weight several times, scaling reads and writes an output. So where the weight is the larger
+# of the two, the scale goes to the output. Where it is this many times larger, the output itself is so small that it is
+# saved as well, as Eval mode does: gamma's gradient then need not be summed over the weight.
+_WEIGHT_PER_SAVED_OUTPUT: Final = 16
 
 
 def _in_best_form(input: Tensor, conv: Convolution, norm: BatchNorm) -> Tensor:
     """Fused in the form that suits the call, or in Eval mode's two steps where those are better."""
     dtype = computing_dtype(input, conv)
-    transformed = _is_transformed(input)
-    if (
-        dtype is None
-        or not _are_ordinary(input, conv, norm, dtype)
-        or (not transformed and _folding_costs_more(input, conv))
-    ):
+    if dtype is None or not _are_ordinary(input, conv, norm, dtype):
         return batch_norm(norm, convolution(conv, input))
-    if not transformed and _wants_gradient(input, conv, norm):
-        return fused_convolution(input.to(dtype), conv, norm)
+    scale_on_output = is_half(dtype)
+    if not _is_transformed(input):
+        weight_size, output_size = conv.weight.numel(), _output_size(input, conv)
+        scale_on_output |= weight_size > output_size
+        keeps_output = weight_size > _WEIGHT_PER_SAVED_OUTPUT * output_size
+        if _wants_gradient(input, conv, norm) and not keeps_output:
+            return fused_convolution(input.to(dtype), conv, norm, scale_on_output)
     # Compilers recompute what is cheap, function transforms need plain operations, and without a backward pass nothing
-    # is saved: the formula as it stands, which in half precision is Eval mode's.
-    if is_half(dtype):
+    # is saved: the formula as it stands, which with the scale on the output is Eval mode's.
+    if scale_on_output:
         return batch_norm(norm, convolution(conv, input))
     weight, bias = fold(conv, norm)
     return convolution(conv._replace(weight=weight, bias=bias), input)
@@ -165,11 +165,11 @@ def _is_plain(tensor: Tensor) -> bool:
     )
 
 
-def _folding_costs_more(input: Tensor, conv: Convolution) -> bool:
-    weight: Tensor = conv.weight
-    positions = input.shape[0]
-    if conv.op != "linear":
-        kernel_size = weight.shape[2:]
-        geometry = Geometry.of(conv, kernel_size)
-        positions *= math.prod(geometry.output_size(input.shape[2:], kernel_size, conv.transposed))
-    return weight.numel() > _WEIGHT_PER_OUTPUT * positions * output_channels(conv)
+def _output_size(input: Tensor, conv: Convolution) -> int:
+    """Number of elements of the convolution's output."""
+    size = input.shape[0] * output_channels(conv)
+    if conv.op == "linear":
+        return size
+    kernel_size = conv.weight.shape[2:]
+    spatial = Geometry.of(conv, kernel_size).output_size(input.shape[2:], kernel_size, conv.transposed)
+    return size * math.prod(spatial)

@@ -7,15 +7,16 @@ With `dW'` and `db'` the gradients of the bare convolution with the fused parame
 so that of activation size the input is all that is saved, and that only if W or gamma wants a gradient. The fused
 weight is computed again in the backward pass.
 
-The scale can go to either side of the convolution. In float32 and float64 it goes to the weight. In float16 and
-bfloat16 it stays on the output, where Eval mode has it: a scaled weight would overflow, or be rounded, where Eval
-mode's output is neither. The gradients need no more than the input there either.
+The scale can go to either side of the convolution, and the gradients need no more than the input either way. Where the
+output is the larger of the two it goes to the weight. Where the weight is, it stays on the output; and so it does in
+float16 and bfloat16, because there a scaled weight would overflow, or be rounded, where Eval mode's output is neither.
 """
 
 from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 
 from convbn_fx.arithmetic import (
@@ -34,8 +35,8 @@ from convbn_fx.autocast import without_autocast
 from convbn_fx.geometry import Geometry
 from convbn_fx.operands import BatchNorm, Convolution
 
-# A scale on the output has to be divided out of gamma's gradient. Down to this size it is; below, this constant is put
-# on the output in its place and the rest on the weight, so that gamma may be tiny or 0.
+# A scale on the output has to be divided out of gamma's gradient. Down to this size it is; below, this constant stands
+# on the output in its place and what is missing on the weight, so that gamma may be tiny or 0.
 _SMALLEST_DIVISOR: Final = 2.0**-7
 
 
@@ -49,13 +50,14 @@ class _Wanted(NamedTuple):
     beta: bool
 
 
-def fused_convolution(input: Tensor, conv: Convolution, norm: BatchNorm) -> Tensor:
+def fused_convolution(input: Tensor, conv: Convolution, norm: BatchNorm, scale_on_output: bool) -> Tensor:
     """The convolution with the batch norm folded in, as one differentiable operation.
 
     Args:
         input: Batched input in the dtype that the convolution computes in, of shape (N, C_in, ...).
         conv: The convolution; its parameters may have a wider dtype (they have, under autocast).
         norm: The batch norm with frozen statistics.
+        scale_on_output: Whether the scale stays on the output or goes to the weight.
 
     Returns:
         The normalised tensor, of shape (N, C_out, ...), in the dtype of `input`.
@@ -70,6 +72,7 @@ def fused_convolution(input: Tensor, conv: Convolution, norm: BatchNorm) -> Tens
         norm.running_var,
         norm.eps,
         conv._replace(weight=None, bias=None),
+        scale_on_output,
     )
     return output
 
@@ -89,6 +92,7 @@ class _FusedConvolution(torch.autograd.Function):
         running_var: Tensor,
         eps: float,
         conv: Convolution,
+        scale_on_output: bool,
     ) -> Tensor:
         wanted = _Wanted(*ctx.needs_input_grad[:5])
         ctx.save_for_backward(
@@ -99,14 +103,14 @@ class _FusedConvolution(torch.autograd.Function):
             running_mean if wanted.gamma else None,
             running_var,
         )
-        ctx.conv, ctx.eps = conv, eps
+        ctx.conv, ctx.eps, ctx.scale_on_output = conv, eps, scale_on_output
         ctx.input_shape, ctx.input_dtype, ctx.weight_shape = input.shape, input.dtype, weight.shape
         ctx.parameter_dtypes = [
             None if tensor is None else tensor.dtype for tensor in (weight, bias, gamma, beta)
         ]
         norm = BatchNorm(running_mean, running_var, gamma, beta, eps)
         with without_autocast(input.device.type):
-            if is_half(input.dtype):
+            if scale_on_output:
                 bias = None if bias is None else bias.to(input.dtype)
                 conv = conv._replace(weight=weight.to(input.dtype), bias=bias)
                 return batch_norm(norm, convolution(conv, input))
@@ -117,7 +121,7 @@ class _FusedConvolution(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         with without_autocast(grad_output.device.type):
             gradients = _gradients(ctx, grad_output)
-        return (*gradients, None, None, None, None)
+        return (*gradients, None, None, None, None, None)
 
 
 def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -132,7 +136,7 @@ def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         bias = bias.to(ctx.input_dtype)
     inverse = inverse_deviation(running_var, ctx.eps)
     scale = scale_of(gamma, inverse)
-    output_scale, weight_scale = _sides(scale, ctx.input_dtype, wanted)
+    output_scale, weight_scale = _sides(scale, ctx.scale_on_output, wanted)
 
     grad_convolution = grad_output if output_scale is None else _on_channels(grad_output, output_scale)
     fused_weight = _on_weight(weight, weight_scale, conv) if wanted.input else None
@@ -160,13 +164,16 @@ def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-def _sides(scale: Tensor, dtype: torch.dtype, wanted: _Wanted) -> tuple[Tensor | None, Tensor | None]:
+def _sides(scale: Tensor, scale_on_output: bool, wanted: _Wanted) -> tuple[Tensor | None, Tensor | None]:
     """The scale as the product of one on the output and one on the weight; None stands for ones."""
-    if not is_half(dtype):
+    if not scale_on_output:
         return None, scale
     if not wanted.gamma:
         return scale, None
-    divisor = scale.detach().abs().clamp(min=_SMALLEST_DIVISOR)
+    tiny = scale.detach().abs() < _SMALLEST_DIVISOR
+    if scale.device.type == "cpu" and not isinstance(scale, FakeTensor) and not tiny.any():
+        return scale, None  # elsewhere it would cost a synchronisation to know
+    divisor = torch.where(tiny, _SMALLEST_DIVISOR, scale.detach())
     return divisor, scale / divisor
 
 
