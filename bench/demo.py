@@ -20,7 +20,7 @@ from bench.models import MODELS
 from bench.table import render
 
 #: The table's width where no terminal tells how much there is.
-WIDTH = 150
+WIDTH = 100
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,9 +82,12 @@ def _explain(sizes: Sizes, seconds: float, console: Console) -> None:
 
     environment = describe()
     console.print(
-        f"Errors: worst relative error in float64 at {by(sizes.comparing)}; of the gradients by input and parameters.\n"
-        f"Bytes: saved for the backward pass at {by(sizes.counting)}, float32.\n"
-        f"Time: forward and backward at {by(sizes.timing)}, float32, channels_last, in alternation.\n"
+        "Eval: convolution, then batch norm. Tune: fused at every call, by this library. Deploy: baked in once.\n"
+        f"error: Tune against Eval, worst relative error in float64 at {by(sizes.comparing)}; of the output, and of any"
+        " gradient by the input or a parameter.\n"
+        f"MB saved: for the backward pass at {by(sizes.counting)}, float32; below, Tune's share of Eval's.\n"
+        f"time: of forward and backward at {by(sizes.timing)}, float32, channels_last, in alternation; "
+        "median ratio, and its quartiles.\n"
         f"Torch {environment['torch']}, {environment['threads']} threads of {environment['cpu']}; "
         f"{seconds:.0f} s in all.",
         highlight=False,

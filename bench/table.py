@@ -1,7 +1,8 @@
-"""The demo's measurements as a table for people."""
+"""The demo's measurements as a table for people, narrow enough for a terminal of 80 columns."""
 
 from collections.abc import Mapping
 
+from rich import box
 from rich.table import Table
 
 from bench.measure import Measurement
@@ -11,26 +12,23 @@ from bench.variants import DEPLOY, EVAL, TUNE
 
 def render(measurements: list[Measurement]) -> Table:
     """Builds a table with one row per model."""
-    table = Table(title="One model, three ways: Eval, Tune (this library), Deploy", title_style="bold")
-    table.add_column("model")
+    table = Table(box=box.SIMPLE_HEAD, leading=1, collapse_padding=True, pad_edge=False, show_edge=False)
+    table.add_column("model", no_wrap=True)
     table.add_column("pairs\nfused", justify="right")
-    table.add_column("batch norms left")
-    table.add_column("output\nerror", justify="right")
-    table.add_column("gradient\nerror", justify="right")
-    table.add_column("saved for backward, MB\nEval -> Tune (Deploy)", justify="right")
-    table.add_column("Tune saves\nof Eval", justify="right")
-    table.add_column("step time Tune/Eval\nmedian (quartiles)", justify="right")
-    table.add_column("step time Tune/Deploy\nmedian (quartiles)", justify="right")
+    table.add_column("batch norms\nleft", min_width=11)
+    table.add_column("error:\noutput\ngrads", justify="right", no_wrap=True)
+    table.add_column("MB saved:\nEval Tune\nDeploy", justify="right", no_wrap=True)
+    table.add_column("time:\nTune\n/ Eval", justify="right", no_wrap=True)
+    table.add_column("time:\nTune\n/ Deploy", justify="right", no_wrap=True)
     for measurement in measurements:
         saved, seconds = measurement.saved_bytes, measurement.step_seconds
+        megabytes = " ".join(f"{saved[variant] / 1e6:.0f}" for variant in (EVAL, TUNE, DEPLOY))
         table.add_row(
             measurement.model,
             str(measurement.fused),
             _reasons(measurement.left),
-            f"{measurement.output_error:.1e}",
-            f"{measurement.gradient_error:.1e}",
-            f"{saved[EVAL] / 1e6:.0f} -> {saved[TUNE] / 1e6:.0f} ({saved[DEPLOY] / 1e6:.0f})",
-            f"{saved[TUNE] / saved[EVAL]:.1%}",
+            f"{measurement.output_error:.1e}\n{measurement.gradient_error:.1e}",
+            f"{megabytes}\n{saved[TUNE] / saved[EVAL]:.1%}",
             _spread(ratio(seconds[TUNE], seconds[EVAL])),
             _spread(ratio(seconds[TUNE], seconds[DEPLOY])),
             style="bold red" if measurement.failures else None,
@@ -45,4 +43,4 @@ def _reasons(left: Mapping[str, int]) -> str:
 
 
 def _spread(ratio: Ratio) -> str:
-    return f"{ratio.median:.2f} ({ratio.lower:.2f}-{ratio.upper:.2f})"
+    return f"{ratio.median:.2f}\n{ratio.lower:.2f}-{ratio.upper:.2f}"
