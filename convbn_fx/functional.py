@@ -58,7 +58,7 @@ def conv_batch_norm(
         return batch_norm(norm, convolution(conv, *args, **kwargs))
     input, conv = read_convolution(*args, **kwargs)
     rank = 2 if conv.op == "linear" else conv.weight.ndim
-    if input.ndim != rank or not norm_kind.accepts(rank):
+    if not isinstance(input, Tensor) or input.ndim != rank or not norm_kind.accepts(rank):
         # Dimension 1, which the batch norm reads, does not hold the output channels: an unbatched convolution, a
         # linear layer's input of more dimensions. (Or the batch norm is about to raise.)
         return batch_norm(norm, convolution(conv, input))
@@ -76,7 +76,7 @@ def _is_proxy(value: object) -> bool:
 # --- May the modules be bypassed? --------------------------------------------------------------------------------
 
 
-def _convolution_reader(conv: nn.Module | Convolution) -> Callable[..., tuple[Tensor, Convolution]] | None:
+def _convolution_reader(conv: nn.Module | Convolution) -> Callable[..., tuple[Any, Convolution]] | None:
     """How to read the operands of a call, or None where calling the module does something this file cannot know."""
     if isinstance(conv, Convolution):
         return lambda input: (input, conv)
@@ -114,8 +114,10 @@ def _in_best_form(input: Tensor, conv: Convolution, norm: BatchNorm) -> Tensor:
     if not _is_transformed(input):
         weight_size, output_size = conv.weight.numel(), _output_size(input, conv)
         scale_on_output |= weight_size > output_size
-        keeps_output = weight_size > _WEIGHT_PER_SAVED_OUTPUT * output_size
-        if _wants_gradient(input, conv, norm) and not keeps_output:
+        saves_output = weight_size > _WEIGHT_PER_SAVED_OUTPUT * output_size or (
+            output_size <= input.numel() and _gamma_alone_needs_the_input(input, conv, norm)
+        )
+        if _wants_gradient(input, conv, norm) and not saves_output:
             return fused_convolution(input.to(dtype), conv, norm, scale_on_output)
     # Compilers recompute what is cheap, function transforms need plain operations, and without a backward pass nothing
     # is saved: the formula as it stands, which with the scale on the output is Eval mode's.
@@ -142,6 +144,16 @@ def _wants_gradient(input: Tensor, conv: Convolution, norm: BatchNorm) -> bool:
     )
 
 
+def _gamma_alone_needs_the_input(input: Tensor, conv: Convolution, norm: BatchNorm) -> bool:
+    """Whether Eval mode saves the output alone, of convolution and batch norm."""
+    others = (conv.weight,) if conv.op == "linear" else (input, conv.weight, conv.bias)
+    return (
+        norm.weight is not None
+        and norm.weight.requires_grad
+        and not any(tensor is not None and tensor.requires_grad for tensor in others)
+    )
+
+
 def _are_ordinary(input: Tensor, conv: Convolution, norm: BatchNorm, dtype: torch.dtype) -> bool:
     """Whether types, dtypes and shapes are such that Eval mode works and the fused form is known to equal it."""
     vectors = [vector for vector in norm[:4] if vector is not None]
@@ -151,6 +163,7 @@ def _are_ordinary(input: Tensor, conv: Convolution, norm: BatchNorm, dtype: torc
     return (
         all(_is_plain(tensor) for tensor in tensors)
         and all(vector.dtype == statistics_dtype and vector.shape == channels for vector in vectors)
+        and (conv.bias is None or conv.bias.shape == channels)
         and (statistics_dtype == dtype or (is_half(dtype) and statistics_dtype == torch.float32))
         and input.numel() > 0
     )

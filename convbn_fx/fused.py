@@ -12,7 +12,7 @@ output is the larger of the two it goes to the weight. Where the weight is, it s
 float16 and bfloat16, because there a scaled weight would overflow, or be rounded, where Eval mode's output is neither.
 """
 
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -111,8 +111,7 @@ class _FusedConvolution(torch.autograd.Function):
         norm = BatchNorm(running_mean, running_var, gamma, beta, eps)
         with without_autocast(input.device.type):
             if scale_on_output:
-                bias = None if bias is None else bias.to(input.dtype)
-                conv = conv._replace(weight=weight.to(input.dtype), bias=bias)
+                conv = conv._replace(weight=_to(input.dtype, weight), bias=_to(input.dtype, bias))
                 return batch_norm(norm, convolution(conv, input))
             weight, bias = fold(conv._replace(weight=weight, bias=bias), norm)
             return convolution(conv._replace(weight=weight, bias=bias), input)
@@ -130,51 +129,80 @@ def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     conv: Convolution = ctx.conv
     input, weight, bias, gamma, running_mean, running_var = ctx.saved_tensors
     # As the convolution saw them:
-    if weight is not None:
-        weight = weight.to(ctx.input_dtype)
-    if bias is not None:
-        bias = bias.to(ctx.input_dtype)
+    weight, bias = _to(ctx.input_dtype, weight), _to(ctx.input_dtype, bias)
+    norm = BatchNorm(running_mean, running_var, gamma, None, ctx.eps)
     inverse = inverse_deviation(running_var, ctx.eps)
     scale = scale_of(gamma, inverse)
-    output_scale, weight_scale = _sides(scale, ctx.scale_on_output, wanted)
+    # With the scale on the output, gamma's gradient comes out of the weight's, if that is computed anyway.
+    from_weight = wanted.gamma and (wanted.weight or not ctx.scale_on_output)
+    output_scale, weight_scale = _sides(scale, ctx.scale_on_output, from_weight)
 
     grad_convolution = grad_output if output_scale is None else _on_channels(grad_output, output_scale)
     fused_weight = _on_weight(weight, weight_scale, conv) if wanted.input else None
-    grad_input, grad_weight = _convolution_backward(ctx, grad_convolution, input, fused_weight)
+    grad_input, grad_weight = _convolution_backward(
+        ctx, grad_convolution, input if wanted.weight or from_weight else None, fused_weight
+    )
 
+    grad_shift: Any = None
     grad_bias = grad_gamma = grad_beta = None
-    if wanted.bias or wanted.gamma or wanted.beta:
+    if wanted.bias or wanted.beta or from_weight:
         grad_shift = _sum_over_positions(grad_output)
         grad_bias = scale * grad_shift if wanted.bias else None
         grad_beta = grad_shift if wanted.beta else None
-        if wanted.gamma:
-            per_scale = products(_at_least_float32(grad_weight), _at_least_float32(weight), conv)
-            if output_scale is not None:
-                per_scale = per_scale / output_scale
-            grad_gamma = (per_scale + grad_shift * centred(bias, running_mean)) * inverse
+    if from_weight:
+        per_scale = products(_at_least_float32(grad_weight), _at_least_float32(weight), conv)
+        if output_scale is not None:
+            per_scale = per_scale / output_scale
+        grad_gamma = (per_scale + grad_shift * centred(bias, running_mean)) * inverse
+    if wanted.gamma and (not from_weight or (ctx.scale_on_output and _overflowed(grad_gamma))):
+        grad_gamma = _gradient_of_gamma(conv._replace(weight=weight, bias=bias), norm, input, grad_output)
     if wanted.weight:
         nobody_else_sees_it = not torch.is_grad_enabled()
         grad_weight = _on_weight(grad_weight, weight_scale, conv, in_place=nobody_else_sees_it)
-    else:
-        grad_weight = None
-    parameters = (grad_weight, grad_bias, grad_gamma, grad_beta)
+    gradients = (grad_weight if wanted.weight else None, grad_bias, grad_gamma, grad_beta)
     return grad_input, *(
-        None if gradient is None else gradient.to(dtype)
-        for gradient, dtype in zip(parameters, ctx.parameter_dtypes, strict=True)
+        _to(dtype, gradient) for gradient, dtype in zip(gradients, ctx.parameter_dtypes, strict=True)
     )
 
 
-def _sides(scale: Tensor, scale_on_output: bool, wanted: _Wanted) -> tuple[Tensor | None, Tensor | None]:
+def _sides(scale: Tensor, scale_on_output: bool, divides: bool) -> tuple[Tensor | None, Tensor | None]:
     """The scale as the product of one on the output and one on the weight; None stands for ones."""
     if not scale_on_output:
         return None, scale
-    if not wanted.gamma:
+    if not divides:
         return scale, None
     tiny = scale.detach().abs() < _SMALLEST_DIVISOR
-    if scale.device.type == "cpu" and not isinstance(scale, FakeTensor) and not tiny.any():
-        return scale, None  # elsewhere it would cost a synchronisation to know
+    if _is_known(scale) and not tiny.any():
+        return scale, None
     divisor = torch.where(tiny, _SMALLEST_DIVISOR, scale.detach())
     return divisor, scale / divisor
+
+
+def _gradient_of_gamma(conv: Convolution, norm: BatchNorm, input: Tensor, grad_output: Tensor) -> Tensor:
+    """Eval mode's gradient of gamma, from the convolution's output computed again."""
+    _, grad_gamma, _ = torch.ops.aten.native_batch_norm_backward(
+        grad_output,
+        convolution(conv, input),
+        norm.weight,
+        norm.running_mean,
+        norm.running_var,
+        None,
+        None,
+        False,
+        norm.eps,
+        [False, True, False],
+    )
+    return cast(Tensor, grad_gamma)
+
+
+def _overflowed(gradient: Any) -> bool:
+    """Whether the weight's gradient is too large for its dtype, though gamma's may not be."""
+    return _is_known(gradient) and not bool(gradient.isfinite().all())
+
+
+def _is_known(tensor: Tensor) -> bool:
+    """Whether looking at the values costs no synchronisation (and there are any)."""
+    return tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor)
 
 
 def _on_channels(grad_output: Tensor, scale: Tensor) -> Tensor:
@@ -237,3 +265,7 @@ def _sum_over_positions(grad_output: Tensor) -> Tensor:
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _to(dtype: torch.dtype | None, tensor: Any) -> Any:
+    return None if tensor is None else tensor.to(dtype)

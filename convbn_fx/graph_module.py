@@ -5,6 +5,7 @@ copied or unpickled. Checkpoints, however, hold the unused sub-modules too. Here
 its children are the very same modules, its parameters and buffers the very same tensors.
 """
 
+from functools import partial
 from types import MethodType
 from typing import Any, Final
 
@@ -68,7 +69,10 @@ class GraphModule(torch.fx.GraphModule):
             vars(self)[name] = value
 
     def _deepcopy_init(self) -> Any:
-        return GraphModule.__init__
+        return partial(GraphModule.__init__, class_name=type(self).__name__)
+
+    def __copy__(self) -> "GraphModule":
+        return GraphModule(self, self.graph, type(self).__name__)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles as `torch.fx.GraphModule` does, by generated code; unpickling makes this class again."""

@@ -17,6 +17,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from convbn_fx import functional, kinds
 from convbn_fx.kinds import BatchNormKind, ConvolutionKind
+from convbn_fx.operands import BatchNorm
 from convbn_fx.records import Match, Pair, Skip, SkipReason
 
 
@@ -202,17 +203,12 @@ def _position(convolution_node: Node, batch_norm_node: Node, batch_norm: _BatchN
     others = [user.name for user in readers if not _reads_metadata(user)]
     if others:
         raise _Refusal(SkipReason.CONVOLUTION_OUTPUT_USED_ELSEWHERE, f"by {', '.join(sorted(others))}")
-    if not readers:
-        return batch_norm_node
-    operands = {
-        operand for operand in batch_norm.operands if isinstance(operand, Node) and operand.op != "get_attr"
-    }
-    for node in _nodes_between(convolution_node, batch_norm_node):
-        if node in operands:
-            raise _Refusal(SkipReason.CONVOLUTION_OUTPUT_USED_ELSEWHERE, f"before {node.name} is computed")
-        if node in readers:
-            return node
-    return batch_norm_node
+    position = min([*readers, batch_norm_node])
+    for operand in batch_norm.operands if isinstance(batch_norm.operands, BatchNorm) else ():
+        if isinstance(operand, Node) and position < operand and operand.op != "get_attr":
+            detail = f"by {position.name}, before {operand.name} is known"
+            raise _Refusal(SkipReason.CONVOLUTION_OUTPUT_USED_ELSEWHERE, detail)
+    return position
 
 
 def _reads_metadata(node: Node) -> bool:
@@ -268,7 +264,7 @@ def _may_change_tensors(node: Node, graph_module: GraphModule) -> bool:
     if node.kwargs.get("out") is not None:
         return True
     if node.op == "call_method":
-        return not hasattr(torch.Tensor, str(node.target)) or _is_in_place(str(node.target))
+        return not hasattr(torch.Tensor, str(node.target)) or _is_in_place(str(node.target), "torch")
     target: Any = node.target
     if isinstance(target, torch._ops.OpOverload):
         return bool(target._schema.is_mutable)
@@ -279,14 +275,19 @@ def _may_change_tensors(node: Node, graph_module: GraphModule) -> bool:
         _, training, _ = kinds.BATCH_NORM_FUNCTIONS[target].operands(*node.args, **node.kwargs)
         return training is not False
     if getattr(target, "__module__", None) in _KNOWN_MODULES:
-        return _is_in_place(target.__name__) or target is F.instance_norm or _asks_for_in_place(node)
+        return (
+            _is_in_place(target.__name__, target.__module__)
+            or target is F.instance_norm
+            or _asks_for_in_place(node)
+        )
     return target not in _PURE_BUILTINS
 
 
-def _is_in_place(name: str) -> bool:
-    if name.startswith("__"):
+def _is_in_place(name: str, module: str) -> bool:
+    """By PyTorch's convention, and Python's list of in-place operators."""
+    if module == "_operator" or name.startswith("__"):
         return name.strip("_") in _IN_PLACE_OPERATORS
-    return name.endswith("_") or name in _IN_PLACE_OPERATORS
+    return name.endswith("_")
 
 
 def _asks_for_in_place(node: Node) -> bool:
@@ -295,7 +296,8 @@ def _asks_for_in_place(node: Node) -> bool:
         arguments = inspect.signature(target).bind(*node.args, **node.kwargs).arguments
     except (TypeError, ValueError):  # a builtin without a signature: the in-place ones have names that say so
         arguments = node.kwargs
-    return arguments.get("inplace", False) is not False
+    # An embedding with max_norm renormalises its weight.
+    return arguments.get("inplace", False) is not False or arguments.get("max_norm") is not None
 
 
 def _is_pure(module: nn.Module) -> bool:
@@ -309,6 +311,7 @@ def _is_pure(module: nn.Module) -> bool:
         and "forward" not in vars(part)
         and not kinds.has_hooks(part)
         and not getattr(part, "inplace", False)
+        and getattr(part, "max_norm", None) is None
         and not (part.training and getattr(part, "running_mean", None) is not None)
         for part in module.modules()
     )

@@ -40,7 +40,7 @@ def rewrite(graph_module: GraphModule, matches: Iterable[Match]) -> None:
 
 def _fuse(graph: Graph, match: Match, replaced: dict[Node, Node]) -> Node:
     for operand in match.batch_norm if isinstance(match.batch_norm, BatchNorm) else ():
-        if isinstance(operand, Node) and operand.op == "get_attr":
+        if isinstance(operand, Node) and match.position < operand:  # a get_attr: matching has looked
             match.position.prepend(operand)
     with graph.inserting_before(match.position):
         operands = [

@@ -185,7 +185,8 @@ def assert_equivalent(
     of the same sign; everything else is compared exactly.
 
     Args:
-        reference: the module, or any callable, that is right by definition.
+        reference: the module that is right by definition; or any callable, of whose state nothing is
+            known.
         candidate: what is to equal it; may share parameters, buffers and modules with it.
         *inputs: positional arguments, of any nesting of ``torch.utils._pytree``. Their tensors are
             copied for each call, strides kept; floating point ones require grad without being leaves,
@@ -398,8 +399,8 @@ def _flatten_all(trees: Mapping[str, object]) -> _Values:
 
 def _assert_same_names(wanted: _Values, found: _Values) -> None:
     """Assert that both have the same names; where structures differ, tell of these instead."""
-    for name in wanted.keys() & found.keys():
-        if name.startswith("structure of"):
+    for name in wanted:
+        if name.startswith("structure of") and name in found:
             _difference(name, wanted[name], found[name])
     for name in (*wanted, *found):
         if name not in found:
@@ -439,11 +440,9 @@ def _tensor_difference(name: str, kind: object, expected: Tensor, actual: Tensor
         return _Difference(name, kind, scale=scale)
     wide = torch.complex128 if expected.is_complex() else torch.float64
     expected, actual = expected.cpu().to(wide), actual.cpu().to(wide)
-    infinity, tiny = (
-        float("inf"),
-        torch.finfo(torch.float64).tiny,
-    )  # neither NaN nor 0 where they differ
-    errors = (expected - actual).abs().nan_to_num(nan=infinity, posinf=infinity).clamp(min=tiny)
+    infinity, tiny = float("inf"), torch.finfo(torch.float64).tiny
+    errors = (expected - actual).abs().nan_to_num(nan=infinity, posinf=infinity)
+    errors.clamp_(min=tiny)  # integers may differ although they are equal as float64
     errors[same] = 0.0
     index = tuple(map(int, torch.unravel_index(errors.argmax(), errors.shape)))
     worst = f"at {index} reference {expected[index].item()}, candidate {actual[index].item()}"
