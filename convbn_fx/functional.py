@@ -110,17 +110,21 @@ def _in_best_form(input: Tensor, conv: Convolution, norm: BatchNorm) -> Tensor:
     dtype = computing_dtype(input, conv)
     if dtype is None or not _are_ordinary(input, conv, norm, dtype):
         return batch_norm(norm, convolution(conv, input))
-    scale_on_output = is_half(dtype)
-    if not _is_transformed(input):
-        weight_size, output_size = conv.weight.numel(), _output_size(input, conv)
-        scale_on_output |= weight_size > output_size
-        saves_output = weight_size > _WEIGHT_PER_SAVED_OUTPUT * output_size or (
-            output_size <= input.numel() and _gamma_alone_needs_the_input(input, conv, norm)
-        )
-        if _wants_gradient(input, conv, norm) and not saves_output:
-            return fused_convolution(input.to(dtype), conv, norm, scale_on_output)
-    # Compilers recompute what is cheap, function transforms need plain operations, and without a backward pass nothing
-    # is saved: the formula as it stands, which with the scale on the output is Eval mode's.
+    if _is_transformed(input):
+        # Compilers recompute what is cheap, and function transforms need plain operations: the formula as it stands.
+        return _two_steps_or_formula(input, conv, norm, scale_on_output=is_half(dtype))
+    weight_size, output_size = conv.weight.numel(), _output_size(input, conv)
+    scale_on_output = is_half(dtype) or weight_size > output_size
+    if not _wants_gradient(input, conv, norm):  # then nothing is saved
+        return _two_steps_or_formula(input, conv, norm, scale_on_output)
+    if weight_size > _WEIGHT_PER_SAVED_OUTPUT * output_size or (
+        output_size <= input.numel() and _gamma_alone_needs_the_input(input, conv, norm)
+    ):
+        return batch_norm(norm, convolution(conv, input))
+    return fused_convolution(input.to(dtype), conv, norm, scale_on_output)
+
+
+def _two_steps_or_formula(input: Tensor, conv: Convolution, norm: BatchNorm, scale_on_output: bool) -> Tensor:
     if scale_on_output:
         return batch_norm(norm, convolution(conv, input))
     weight, bias = fold(conv, norm)
@@ -145,7 +149,7 @@ def _wants_gradient(input: Tensor, conv: Convolution, norm: BatchNorm) -> bool:
 
 
 def _gamma_alone_needs_the_input(input: Tensor, conv: Convolution, norm: BatchNorm) -> bool:
-    """Whether Eval mode saves the output alone, of convolution and batch norm."""
+    """Whether Eval mode would save the output alone, and not the input: gamma trains and little else does."""
     others = (conv.weight,) if conv.op == "linear" else (input, conv.weight, conv.bias)
     return (
         norm.weight is not None

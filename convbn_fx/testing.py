@@ -162,7 +162,8 @@ def assert_equivalent(
     - the gradients, along one random cotangent per output, of every floating point input and every
       parameter that requires grad, paired by qualified name (shared ones under all their names). None
       only equals None;
-    - the state after the call: inputs, parameters, buffers, and the random numbers drawn.
+    - the state after the call: inputs, parameters, buffers, and the random numbers drawn. (The candidate may
+      have non-persistent buffers of its own: the constants of a traced graph.)
 
     Both models are left as found, whatever is raised: values of parameters and buffers, attributes
     (training flags among them; what lists and the like hold is not followed), ``.grad``, random state.
@@ -301,7 +302,22 @@ def _observe_both(
     if type(expected.error) is not type(actual.error):
         message = f"the reference {expected}, but the candidate {actual}"
         raise AssertionError(message) from (actual.error or expected.error)
+    for name in _non_persistent_buffers(candidate):  # the candidate may have more of them than the reference
+        after = f"buffer {name} after the call"
+        if after not in expected.state:
+            actual.state.pop(after, None)
     return expected, actual
+
+
+def _non_persistent_buffers(model: object) -> set[str]:
+    """Names of the buffers that no checkpoint holds: constants of a traced graph, for example."""
+    if not isinstance(model, nn.Module):
+        return set()
+    return {
+        _WRAPPERS.sub("", f"{prefix}.{name}" if prefix else name)
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name in module._non_persistent_buffers_set
+    }
 
 
 def _observe(
