@@ -303,9 +303,9 @@ def _observe_both(
         message = f"the reference {expected}, but the candidate {actual}"
         raise AssertionError(message) from (actual.error or expected.error)
     for name in _non_persistent_buffers(candidate):  # the candidate may have more of them than the reference
-        after = f"buffer {name} after the call"
-        if after not in expected.state:
-            actual.state.pop(after, None)
+        key = f"buffer {name} after the call"
+        if key not in expected.state:
+            actual.state.pop(key, None)
     return expected, actual
 
 

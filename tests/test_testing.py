@@ -499,3 +499,22 @@ def test_a_deep_network_neither_explodes_nor_collapses():
     model = randomize_batchnorms(resnet18()).eval()
     outputs = model(torch.randn(2, 3, 64, 64))
     assert 1e-2 < (outputs[0] - outputs[1]).abs().max() < 1e4
+
+
+def test_constants_of_a_traced_candidate_are_its_own_business():
+    class Adds(nn.Module):
+        def forward(self, x):
+            return x + torch.arange(3, dtype=x.dtype)
+
+    class AddsTraced(nn.Module):
+        def __init__(self, persistent):
+            super().__init__()
+            self.register_buffer("constant", torch.arange(3, dtype=torch.float64), persistent=persistent)
+
+        def forward(self, x):
+            return x + self.constant
+
+    x = torch.randn(2, 3, dtype=torch.float64)
+    assert_equivalent(Adds(), AddsTraced(persistent=False), x)
+    with pytest.raises(AssertionError, match="buffer constant after the call: the reference has none"):
+        assert_equivalent(Adds(), AddsTraced(persistent=True), x)
