@@ -191,4 +191,11 @@ LAYOUTS = {
     ),
     "no_bias": Layer(lambda: nn.Conv2d(2, 3, 3, bias=False), lambda: nn.BatchNorm2d(3), (2, 2, 5, 5)),
     "linear_no_bias": Layer(lambda: nn.Linear(4, 3, bias=False), lambda: nn.BatchNorm1d(3), (5, 4)),
+    # Weights larger than the output, though not so much that the output is better saved.
+    "heavy": Layer(lambda: nn.Conv2d(8, 4, 3), lambda: nn.BatchNorm2d(4), (2, 8, 4, 5)),
+    "heavy_grouped": Layer(lambda: nn.Conv1d(8, 6, 7, groups=2), lambda: nn.BatchNorm1d(6), (1, 8, 9)),
+    "heavy_transpose": Layer(
+        lambda: nn.ConvTranspose2d(12, 4, 3, padding=1, groups=2), lambda: nn.BatchNorm2d(4), (1, 12, 2, 3)
+    ),
+    "heavy_linear": Layer(lambda: nn.Linear(16, 3), lambda: nn.BatchNorm1d(3), (3, 16)),
 }

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from models import Pair, data, fused, prepared, reasons
+from models import Functional, Pair, data, fused, prepared, reasons
 from torch import nn
+from torch.nn import functional as F
 
 from convbn_fx.testing import assert_equivalent
 
@@ -132,6 +133,20 @@ def test_shared_parameters(tie):
     assert_equivalent(model, fused(model, 2), X)
 
 
+READ_BEFORE = {
+    "an earlier pair": (lambda m, x: m.normalize(F.conv2d(m.normalize(F.conv2d(x, m.weight)), m.weight)), 2),
+    "the input": (lambda m, x: m.normalize(F.conv2d(x * m.gamma.sum(), m.weight)), 1),
+}
+
+
+@pytest.mark.parametrize("case", READ_BEFORE)
+def test_operands_of_a_functional_norm_read_before_by(case):
+    function, pairs = READ_BEFORE[case]
+    torch.manual_seed(0)
+    model = Functional(function, (3, 3, 1, 1), 3).double()
+    assert_equivalent(model, fused(model, pairs), X)
+
+
 def test_parameters_read_by_something_else():
     model = two(lambda m, x: m.norm1(m.conv1(x)) * m.conv1.weight.sum() + m.norm1.weight.sum())
     assert_equivalent(model, fused(model), X)
@@ -159,7 +174,10 @@ def test_one_conv_into_two_norms_of_which_one_is_in_train_mode():
     assert_equivalent(model, graph_module, X)
 
 
-@pytest.mark.parametrize("case", ["one norm after two convs", "one pair called twice", "one conv on two inputs"])
+@pytest.mark.parametrize(
+    "case",
+    ["one norm after two convs", "one pair called twice", "one conv on two inputs"],
+)
 def test_modules_used_more_than_once_in_an_exported_graph(case):
     function, pairs = SHARED_MODULES[case]
     model = two(function)

@@ -1,0 +1,29 @@
+"""How all tests run: one thread, one seed, and a hypothesis profile named by HYPOTHESIS_PROFILE."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import Phase, settings
+
+# On tensors as small as the tests', a second thread only waits; and two runs of one test give the same bits.
+torch.set_num_threads(1)
+
+# No deadlines: the first examples pay for torch's lazy imports. No explanations: they trace every line of PyTorch's
+# Python, which takes minutes.
+_PHASES = [phase for phase in Phase if phase is not Phase.explain]
+settings.register_profile("dev", max_examples=100, deadline=None, phases=_PHASES)
+settings.register_profile("ci", settings.get_profile("dev"), max_examples=150, derandomize=True, print_blob=True)
+settings.register_profile("thorough", settings.get_profile("dev"), max_examples=3000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+def pytest_configure(config):
+    # torch says so once per process, in whichever test comes first; that padding is what the test is about.
+    message = "ignore:Using padding='same' with even kernel lengths:UserWarning"
+    config.addinivalue_line("filterwarnings", message)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

@@ -1,0 +1,198 @@
+"""Wrong versions of the arithmetic, and the check that has to notice each of them.
+
+A mutant is an edit: in the code of one function, as `ast.unparse` spells it, one expression becomes another. An edit
+that no longer applies, because the function has changed, says so; give it the new spelling then.
+"""
+
+import ast
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.func import functional_call, grad
+from torch.utils import _pytree as pytree
+
+import convbn_fx
+from convbn_fx.testing import assert_equivalent, randomize_batchnorms
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A function of the package, named from there, with `old` replaced by `new`."""
+
+    name: str
+    function: str
+    old: str
+    new: str
+
+    def install(self, monkeypatch):
+        """Puts the wrong function in the place of the right one, in every file that imported it."""
+        file, name = self.function.split(".")
+        module = importlib.import_module(f"convbn_fx.{file}")
+        right = getattr(module, name)
+        tree = ast.parse(inspect.getsource(right))
+        (definition,) = tree.body
+        if ast.get_docstring(definition) is not None:
+            del definition.body[0]
+        source = ast.unparse(tree)
+        if source.count(self.old) != 1:
+            raise LookupError(f"mutant {self.name!r}: {self.old!r} is not once in {self.function}:\n{source}")
+        made = {}
+        exec(source.replace(self.old, self.new), vars(module), made)
+        for importer in [module for path, module in sys.modules.items() if path.startswith("convbn_fx.")]:
+            if getattr(importer, name, None) is right:
+                monkeypatch.setattr(importer, name, made[name])
+
+
+MUTANTS = [
+    Mutant("mean ignored", "arithmetic.centred", "_precise(running_mean)", "0 * _precise(running_mean)"),
+    Mutant(
+        "variance ignored",
+        "arithmetic.inverse_deviation",
+        "_precise(running_var)",
+        "_precise(running_var) ** 0",
+    ),
+    Mutant("eps 0", "arithmetic.inverse_deviation", "+ eps", "+ 0"),
+    Mutant("no square root", "arithmetic.inverse_deviation", "rsqrt", "reciprocal"),
+    Mutant("divided twice", "arithmetic.scale_of", "gamma *", "gamma * inverse_deviation *"),
+    Mutant("gamma ignored", "arithmetic.scale_of", "gamma * inverse_deviation", "inverse_deviation"),
+    Mutant("gamma detached", "arithmetic.scale_of", "gamma *", "gamma.detach() *"),
+    Mutant("beta ignored", "arithmetic.fold", "shift + norm.bias", "shift"),
+    Mutant("bias of the convolution dropped", "arithmetic.centred", "bias - mean", "-mean"),
+    Mutant("shift not scaled", "arithmetic.fold", "scale * centred", "centred"),
+    Mutant("weight not scaled", "arithmetic.fold", "scaled(conv.weight, scale, conv)", "conv.weight"),
+    Mutant(
+        "weight scaled twice",
+        "arithmetic.fold",
+        "scaled(conv.weight, scale,",
+        "scaled(conv.weight, scale ** 2,",
+    ),
+    Mutant(
+        "input channels scaled",
+        "arithmetic.along_output_channels",
+        "view(-1, 1, *ones)",
+        "view(1, -1, *ones)",
+    ),
+    Mutant(
+        "input channels of a transposed convolution scaled",
+        "arithmetic.along_output_channels",
+        "view(1, -1, *ones)",
+        "view(-1, 1, *ones)",
+    ),
+    Mutant(
+        "groups of a transposed convolution in turn",
+        "arithmetic.along_output_channels",
+        "repeat_interleave(weight.shape[0] // conv.groups, dim=0)",
+        "repeat(weight.shape[0] // conv.groups, 1)",
+    ),
+    Mutant("products of the input channels", "arithmetic.products", ".transpose(1, 2)", ""),
+    Mutant(
+        "gradient of the input unscaled",
+        "fused._gradients",
+        "_on_weight(weight, weight_scale, conv)",
+        "weight",
+    ),
+    Mutant(
+        "gradient of the weight unscaled",
+        "fused._gradients",
+        "_on_weight(grad_weight, weight_scale, conv, in_place=nobody_else_sees_it)",
+        "grad_weight",
+    ),
+    Mutant("gradient of the bias unscaled", "fused._gradients", "scale * grad_shift", "grad_shift"),
+    Mutant("gradient of beta scaled", "fused._gradients", "= grad_shift if", "= scale * grad_shift if"),
+    Mutant(
+        "gradient of gamma without the mean",
+        "fused._gradients",
+        "centred(bias, running_mean)",
+        "centred(bias, 0 * running_mean)",
+    ),
+    Mutant(
+        "gradient of gamma without the shift",
+        "fused._gradients",
+        "per_scale + grad_shift *",
+        "per_scale + 0 *",
+    ),
+    Mutant("gradient of gamma undivided", "fused._gradients", "running_mean)) * inverse", "running_mean))"),
+    Mutant(
+        "gradient of half precision unscaled",
+        "fused._on_channels",
+        "grad_output * per_channel",
+        "grad_output + 0 * per_channel",
+    ),
+    Mutant("scale left in gamma's gradient", "fused._gradients", "per_scale / output_scale", "per_scale"),
+]
+
+
+class Core(NamedTuple):
+    """A pair, and the shapes of two inputs: that make its output larger than its weight, and smaller.
+
+    The scale then goes to the weight, or stays on the output.
+    """
+
+    make: Callable[[], tuple[nn.Module, nn.Module]]
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    dtype: torch.dtype = torch.float64
+
+
+#: Each way in which output channels can lie, and the variants that the arithmetic tells apart. There are as many input
+#: as output channels, so that no mix-up raises.
+CORE = [
+    Core(lambda: (nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)), ((5, 4, 8, 8), (1, 4, 4, 4))),
+    Core(lambda: (nn.Conv1d(4, 4, 3, groups=2, bias=False), nn.BatchNorm1d(4)), ((5, 4, 8), (1, 4, 4))),
+    Core(lambda: (nn.Linear(4, 4), nn.BatchNorm1d(4, eps=0.5, affine=False)), ((5, 4), (1, 4))),
+    Core(lambda: (nn.ConvTranspose2d(4, 4, 3, 2), nn.BatchNorm2d(4)), ((5, 4, 4, 4), (1, 4, 1, 1))),
+    Core(lambda: (nn.ConvTranspose1d(4, 4, 3, groups=2), nn.BatchNorm1d(4)), ((5, 4, 4), (1, 4, 1))),
+    Core(lambda: (nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)), ((5, 4, 8, 8), (1, 4, 4, 4)), torch.bfloat16),
+]
+
+
+def core_models(randomized=True):
+    """The models in Eval mode, each with its inputs."""
+    for core in CORE:
+        model = nn.Sequential(*core.make()).to(core.dtype).eval()
+        yield (
+            randomize_batchnorms(model) if randomized else model,
+            [torch.randn(s, dtype=core.dtype) for s in core.shapes],
+        )
+
+
+def core_check(randomized=True):
+    """The suite in small: outputs and all gradients, in the form that autograd runs and in the one that is transformed.
+
+    Raises:
+        AssertionError: A fused model is not the model.
+    """
+    for model, inputs in core_models(randomized):
+        fused = convbn_fx.transform(convbn_fx.symbolic_trace(model))
+        assert len(convbn_fx.report(fused).fused) == 1
+        parameters = dict(model.named_parameters())
+        for input in inputs:
+            assert_equivalent(model, fused, input)
+            with torch.no_grad():
+                assert_equivalent(gradients(model, parameters), gradients(fused, parameters), input)
+
+
+def upstream_check():
+    """What the tests of the same pass in PyTorch compare: outputs in float32, on the statistics of a new layer.
+
+    Raises:
+        AssertionError: The fused model's output is not the model's.
+    """
+    model, (input, _) = next(core_models(randomized=False))
+    fused = convbn_fx.transform(convbn_fx.symbolic_trace(model))
+    torch.testing.assert_close(fused.float()(input.float()), model.float()(input.float()))
+
+
+def gradients(model, parameters):
+    """The gradients of a scalar function of the model's outputs, as a function of its input, by torch.func."""
+
+    def scalar(parameters, input):
+        outputs = pytree.tree_leaves(functional_call(model, parameters, input.clone()))
+        return sum(output.sin().sum() for output in outputs)
+
+    return lambda input: grad(scalar, argnums=(0, 1))(parameters, input)

@@ -1,0 +1,121 @@
+"""The core imports torch alone, and its files import each other in one direction."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import convbn_fx
+
+PACKAGE = Path(convbn_fx.__file__).parent
+FILES = {path.stem: path for path in PACKAGE.glob("*.py")}
+#: What only an extra installs, or what a library for any model has no business with.
+FOREIGN = {"torchvision", "timm", "rich", "typer", "click", "matplotlib", "hypothesis", "pytest", "PIL", "scipy"}
+#: Phases of the pass, and what offers them to users.
+PIPELINE = {"tracing", "matching", "rewriting", "graph_module", "api", "compiler", "testing", "memory"}
+
+
+def imports(name):
+    """Modules that a file of the package imports, at any depth of its code."""
+    found = set()
+    for node in ast.walk(ast.parse(FILES[name].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: a relative import"
+            found.add(node.module)
+            if node.module == "convbn_fx":
+                found |= {f"convbn_fx.{alias.name}" for alias in node.names if alias.name in FILES}
+    return found
+
+
+def siblings(name):
+    return {found.removeprefix("convbn_fx.") for found in imports(name) if found.startswith("convbn_fx.")}
+
+
+def reachable(name):
+    found, todo = set(), {name}
+    while todo:
+        found |= todo
+        todo = {sibling for file in todo for sibling in siblings(file)} - found
+    return found - {name}
+
+
+def in_a_fresh_process(code):
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
+LIST_MODULES = "import sys; print(*{name.partition('.')[0] for name in sys.modules})"
+
+
+def test_the_import_of_the_library_brings_torch_alone():
+    with_torch = in_a_fresh_process(f"import torch, torch.fx; {LIST_MODULES}")
+    with_library = in_a_fresh_process(f"import convbn_fx; {LIST_MODULES}")
+    surplus = with_library - with_torch - {"convbn_fx"} - set(sys.stdlib_module_names)
+    installed_by_torch = {"sympy", "mpmath", "networkx", "numpy", "filelock", "fsspec", "jinja2", "typing_extensions"}
+    assert not surplus - installed_by_torch
+    assert not with_library & FOREIGN
+    assert "torch" in with_library
+
+
+def test_using_the_library_brings_nothing_else():
+    used = in_a_fresh_process(
+        "import torch, convbn_fx; "
+        "model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).eval(); "
+        "gm = convbn_fx.transform(convbn_fx.symbolic_trace(model)); "
+        "gm(torch.ones(1, 3, 5, 5)).sum().backward(); str(convbn_fx.report(gm)); "
+        f"{LIST_MODULES}"
+    )
+    assert not used & FOREIGN
+
+
+@pytest.mark.parametrize("name", ["kinds", "records", "functional"])
+def test_the_lowest_layer_knows_nothing_of_the_pipeline(name):
+    assert not reachable(name) & PIPELINE
+
+
+def test_what_the_lowest_layer_is_made_of_knows_nothing_of_it_either():
+    for name in set().union(*(reachable(name) for name in ("kinds", "records", "functional"))):
+        assert not siblings(name) & PIPELINE
+
+
+def test_the_operator_knows_torch_and_not_fx():
+    for name in {"functional"} | reachable("functional"):
+        assert not {found for found in imports(name) if found.startswith("torch.fx")}, name
+
+
+def test_matching_and_rewriting_do_not_know_each_other():
+    assert "rewriting" not in reachable("matching")
+    assert "matching" not in reachable("rewriting")
+    assert "tracing" not in reachable("matching") | reachable("rewriting")
+    assert not reachable("tracing") & {"matching", "rewriting", "api"}
+
+
+@pytest.mark.parametrize("name", ["testing", "memory"])
+def test_the_oracles_import_nothing_of_what_they_judge(name):
+    assert not siblings(name)
+    assert "convbn_fx" not in imports(name)
+    assert {found.partition(".")[0] for found in imports(name)} <= {"torch"} | set(sys.stdlib_module_names)
+
+
+def test_nobody_imports_the_package_itself_nor_in_a_circle():
+    for name in FILES.keys() - {"__init__"}:
+        assert name not in siblings(name)
+        assert all(name not in reachable(sibling) for sibling in siblings(name)), name
+
+
+@pytest.mark.parametrize("name", sorted(FILES.keys() - {"cli", "zoo", "gate", "__main__"}))
+def test_the_core_imports_torch_and_the_standard_library(name):
+    allowed = {"torch", "convbn_fx"} | set(sys.stdlib_module_names)
+    assert {found.partition(".")[0] for found in imports(name)} <= allowed
+
+
+def test_the_public_names():
+    assert set(convbn_fx.__all__) <= set(vars(convbn_fx))
+    for name in ("symbolic_trace", "transform", "report", "functional", "testing", "register_conv"):
+        assert name in convbn_fx.__all__
+    assert convbn_fx.functional.conv_batch_norm.__module__ == "convbn_fx.functional"
+    assert (PACKAGE / "py.typed").exists()
