@@ -13,8 +13,10 @@ torch.set_num_threads(1)
 # Python, which takes minutes.
 _PHASES = [phase for phase in Phase if phase is not Phase.explain]
 settings.register_profile("dev", max_examples=100, deadline=None, phases=_PHASES)
-settings.register_profile("ci", settings.get_profile("dev"), max_examples=150, derandomize=True, print_blob=True)
-settings.register_profile("thorough", settings.get_profile("dev"), max_examples=3000)
+settings.register_profile(
+    "ci", settings.get_profile("dev"), max_examples=150, derandomize=True, print_blob=True
+)
+settings.register_profile("thorough", settings.get_profile("dev"), max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 

@@ -137,7 +137,7 @@ class Layer:
 #: Every kind of module, plain.
 KINDS = {
     "conv1d": Layer(lambda: nn.Conv1d(2, 3, 3), lambda: nn.BatchNorm1d(3), (2, 2, 6)),
-    "conv2d": Layer(lambda: nn.Conv2d(2, 3, 3), lambda: nn.BatchNorm2d(3), (2, 2, 4, 5)),
+    "conv2d": Layer(lambda: nn.Conv2d(2, 3, 3), lambda: nn.BatchNorm2d(3), (2, 2, 5, 6)),
     "conv3d": Layer(lambda: nn.Conv3d(2, 3, 2), lambda: nn.BatchNorm3d(3), (2, 2, 3, 3, 4)),
     "conv_transpose1d": Layer(lambda: nn.ConvTranspose1d(2, 3, 3), lambda: nn.BatchNorm1d(3), (2, 2, 5)),
     "conv_transpose2d": Layer(lambda: nn.ConvTranspose2d(2, 3, 2), lambda: nn.BatchNorm2d(3), (2, 2, 3, 4)),
@@ -145,7 +145,7 @@ KINDS = {
         lambda: nn.ConvTranspose3d(2, 3, 2), lambda: nn.BatchNorm3d(3), (2, 2, 2, 2, 3)
     ),
     "linear": Layer(lambda: nn.Linear(2, 3), lambda: nn.BatchNorm1d(3), (5, 2)),
-    "sync_batch_norm": Layer(lambda: nn.Conv2d(2, 3, 3), lambda: nn.SyncBatchNorm(3), (2, 2, 4, 5)),
+    "sync_batch_norm": Layer(lambda: nn.Conv2d(2, 3, 3), lambda: nn.SyncBatchNorm(3), (2, 2, 5, 6)),
 }
 
 #: The same with channels in groups, and everything else that a convolution can be told.

@@ -684,7 +684,7 @@ def _geometries(size: int, transposed: bool, padding: str | None, output_size: b
             and (line.stride == 1 if padding == "same" else 1 <= line.size(size, transposed) <= LARGEST_SIZE)
         )
 
-    lines = map(Geometry._make, product((1, 2, 3), (1, 2), (1, 2), (0, 1, 2), (0, 1)))
+    lines = map(Geometry._make, product((1, 2, 3, 4), (1, 2), (1, 2), (0, 1, 2), (0, 1)))
     return sorted(filter(is_possible, lines), key=sum)
 
 
@@ -702,7 +702,7 @@ def _convolution_ranks(shape: Shape) -> list[int]:
 def _spatial_paddings(sizes: Shape, geometry: Sequence[Geometry], padding: str | None) -> list[str]:
     """The padding modes that can fill what is padded."""
     pads = [line.reach - line.reach // 2 if padding == "same" else line.padding for line in geometry]
-    modes = ["zeros", "replicate"]
+    modes = ["zeros", "zeros", "zeros", "replicate"]
     if all(pad <= size for pad, size in zip(pads, sizes, strict=True)):
         modes.append("circular")
     if all(pad < size for pad, size in zip(pads, sizes, strict=True)):
@@ -861,7 +861,7 @@ def architectures(
         dtypes: What the model computes in.
         batch_statistics: Whether batch norms may be in Train mode or without running statistics.
     """
-    largest = draw(st.sampled_from([(6, 6), (8,), (4, 4, 4), ()]))
+    largest = draw(st.sampled_from([(6, 6), (8,), (4, 4, 4), (6, 6), (8,), ()]))
     shape = (
         draw(st.integers(2, 3)),
         draw(st.integers(1, 6)),

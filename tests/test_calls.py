@@ -78,7 +78,11 @@ CONVOLUTIONS = {
         (2, 4, 5),
         lambda m, x: F.conv_transpose1d(x, m.weight, stride=2, output_padding=1, groups=2),
     ),
-    "torch.conv_transpose1d": ((4, 6, 3), (2, 4, 5), lambda m, x: torch.conv_transpose1d(x, m.weight, m.bias)),
+    "torch.conv_transpose1d": (
+        (4, 6, 3),
+        (2, 4, 5),
+        lambda m, x: torch.conv_transpose1d(x, m.weight, m.bias),
+    ),
     "conv_transpose3d": (
         (4, 3, 2, 2, 2),
         (2, 4, 3, 3, 3),
@@ -330,7 +334,9 @@ def test_output_size_of_a_transposed_convolution(call):
 
 
 def test_an_impossible_output_size_raises_as_before():
-    model = prepared(Pair(nn.ConvTranspose2d(3, 4, 3, stride=2), forward=lambda m, x: m.norm(m.conv(x, [40, 40]))))
+    model = prepared(
+        Pair(nn.ConvTranspose2d(3, 4, 3, stride=2), forward=lambda m, x: m.norm(m.conv(x, [40, 40])))
+    )
     graph_module = fused(model)
     with pytest.raises(ValueError, match="requested an output size"):
         assert_equivalent(model, graph_module, data(2, 3, 4, 4))

@@ -14,7 +14,9 @@ from torch.autograd import forward_ad
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module_state, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.shape_prop import ShapeProp
+from torch.fx.passes.split_module import split_module
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from convbn_fx.memory import saved_bytes
@@ -51,7 +53,10 @@ def as_function(model):
 
 
 def leaves(model, x):
-    return [x.detach().clone().requires_grad_(), *(p.detach().clone().requires_grad_() for p in model.parameters())]
+    return [
+        x.detach().clone().requires_grad_(),
+        *(p.detach().clone().requires_grad_() for p in model.parameters()),
+    ]
 
 
 # --- Autograd -----------------------------------------------------------------------------------------------------
@@ -79,7 +84,9 @@ def test_gradcheck_of_forward_mode(layer):
 def test_gradgradcheck(layer):
     model = layer.model()
     graph_module = fused(model)
-    assert torch.autograd.gradgradcheck(as_function(graph_module), leaves(model, layer.input()), fast_mode=True)
+    assert torch.autograd.gradgradcheck(
+        as_function(graph_module), leaves(model, layer.input()), fast_mode=True
+    )
 
 
 @pytest.mark.parametrize("frozen", ["conv", "norm", "input"])
@@ -168,7 +175,7 @@ def test_vjp_of_jvp_and_the_other_way_round():
 
 
 AUTOGRAD_FUNCTIONAL = {
-    "jacobian": lambda net, x: torch.autograd.functional.jacobian(net, x),
+    "jacobian": torch.autograd.functional.jacobian,
     "forward jacobian": lambda net, x: torch.autograd.functional.jacobian(
         net, x, vectorize=True, strategy="forward-mode"
     ),
@@ -197,7 +204,9 @@ def test_autograd_functional(compute):
     torch.testing.assert_close(compute(graph_module, x), compute(model, x))
 
 
-@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled:UserWarning")  # it warns that it is slow
+@pytest.mark.filterwarnings(
+    "ignore:Anomaly Detection has been enabled:UserWarning"
+)  # it warns that it is slow
 def test_anomaly_mode(layer):
     model = layer.model()
     graph_module = fused(model)
@@ -221,9 +230,9 @@ def test_parameters_made_in_inference_mode():
         model = prepared(Pair())
         graph_module = fused(model)
         assert_equivalent(model, graph_module, X)
-    for net in (model, graph_module):
-        with pytest.raises(RuntimeError, match="[Ii]nference tensor"):
-            net(X).sum().backward()
+    for candidate in (model, graph_module):
+        with pytest.raises(RuntimeError, match=r"[Ii]nference tensor"):
+            candidate(X).sum().backward()
 
 
 def test_saved_tensors_hooks(layer):
@@ -329,13 +338,15 @@ def test_checkpoint_saves_no_more_than_its_input():
 
 def test_checkpoint_sequential():
     torch.manual_seed(0)
-    model = prepared(nn.Sequential(*[Pair(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)) for _ in range(4)]))
+    model = prepared(
+        nn.Sequential(*[Pair(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)) for _ in range(4)])
+    )
     parts = nn.Sequential(*[fused(part) for part in model])
     x = X.clone().requires_grad_()
-    found = []
-    for run in (model, lambda x: checkpoint_sequential(parts, 2, x, use_reentrant=False)):
-        found.append(torch.autograd.grad(run(x).sin().sum(), [x, *model.parameters()]))
-    torch.testing.assert_close(found[1], found[0])
+    expected = torch.autograd.grad(model(x).sin().sum(), [x, *model.parameters()])
+    output = checkpoint_sequential(parts, 2, x, use_reentrant=False)
+    actual = torch.autograd.grad(output.sin().sum(), [x, *model.parameters()])
+    torch.testing.assert_close(actual, expected)
 
 
 # --- torch.func ---------------------------------------------------------------------------------------------------
@@ -344,7 +355,9 @@ def test_checkpoint_sequential():
 def test_functional_call_with_other_tensors(layer):
     model = layer.model()
     graph_module = fused(model)
-    tensors = {name: data(*value.shape, seed=4).abs() for name, value in model.state_dict().items() if value.ndim}
+    tensors = {
+        name: data(*value.shape, seed=4).abs() for name, value in model.state_dict().items() if value.ndim
+    }
     expected = functional_call(model, tensors, (layer.input(),))
     torch.testing.assert_close(functional_call(graph_module, tensors, (layer.input(),)), expected)
     assert not torch.allclose(graph_module(layer.input()), expected)
@@ -517,10 +530,55 @@ def test_interpreter():
 def test_shape_propagation_and_fake_tensors():
     graph_module = fused(net(), NET_PAIRS)
     ShapeProp(graph_module).propagate(X)
-    shapes = [node.meta["tensor_meta"].shape for node in graph_module.graph.nodes if node.name == "conv_batch_norm"]
+    shapes = [
+        node.meta["tensor_meta"].shape for node in graph_module.graph.nodes if node.name == "conv_batch_norm"
+    ]
     assert shapes == [(2, 4, 6, 6)]
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert graph_module(torch.empty(7, 3, 6, 6, dtype=torch.float64)).shape == (7, 5)
+
+
+def test_modules_exchanged_after_the_rewrite():
+    model = prepared(Pair())
+    graph_module = fused(model)
+    graph_module = nn.SyncBatchNorm.convert_sync_batchnorm(graph_module)
+    assert isinstance(graph_module.norm, nn.SyncBatchNorm)
+    torch.testing.assert_close(graph_module(X), model(X))
+    graph_module.norm = nn.Identity()
+    torch.testing.assert_close(graph_module(X), model.conv(X))
+    graph_module.conv = nn.Sequential(model.conv, nn.ReLU())
+    torch.testing.assert_close(graph_module(X), model.conv(X).relu())
+
+
+def test_an_averaged_model():
+    graph_module = fused(net(), NET_PAIRS)
+    averaged = torch.optim.swa_utils.AveragedModel(graph_module)
+    averaged.update_parameters(graph_module)
+    torch.testing.assert_close(averaged.eval()(X), graph_module(X))
+    before = averaged.module.stem.norm.running_mean.clone()
+    torch.optim.swa_utils.update_bn([X, X.sin()], averaged)
+    assert not torch.allclose(averaged.module.stem.norm.running_mean, before)
+
+
+@pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
+def test_make_fx_of_the_result_and_its_gradients(tracing_mode):
+    model = prepared(Pair())
+    graph_module = fused(model)
+
+    def step(x):
+        return torch.autograd.grad(graph_module(x).sin().sum(), [x])
+
+    x = X.clone().requires_grad_()
+    captured = make_fx(step, tracing_mode=tracing_mode, _allow_non_fake_inputs=True)(x)
+    torch.testing.assert_close(captured(x)[0], torch.autograd.grad(model(x).sin().sum(), x)[0])
+
+
+def test_split_into_stages():
+    graph_module = fused(net(), NET_PAIRS)
+    positions = {node: index // 6 for index, node in enumerate(graph_module.graph.nodes)}
+    stages = split_module(graph_module, None, positions.__getitem__)
+    assert len(list(stages.named_children())) > 1
+    torch.testing.assert_close(stages(X), graph_module(X))
 
 
 # --- Distributed --------------------------------------------------------------------------------------------------
@@ -547,7 +605,9 @@ def gradients_of(model, x):
     output = model(x)
     output.sin().sum().backward()
     found = [p.grad for p in model.parameters()]
-    return output.detach(), [g.full_tensor() if hasattr(g, "full_tensor") else g for g in found if g is not None]
+    return output.detach(), [
+        g.full_tensor() if hasattr(g, "full_tensor") else g for g in found if g is not None
+    ]
 
 
 @pytest.mark.usefixtures("_process_group")

@@ -123,7 +123,9 @@ def test_a_subclass_that_cannot_be_traced_through_is_left_alone():
     assert_equivalent(model, graph_module, -X)
 
 
-@pytest.mark.xfail(strict=True, reason="the check, which reads the rank of the conv output, runs after the pair")
+@pytest.mark.xfail(
+    strict=True, reason="the check, which reads the rank of the conv output, runs after the pair"
+)
 def test_a_norm_that_is_traced_through_checks_its_input_first():
     model = make(norm=timm.layers.BatchNormAct2d)
     graph_module = fused(model)

@@ -122,9 +122,9 @@ def test_make_fx(pre_dispatch, tracing_mode):
     model.dropout = nn.Identity()
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     call = as_function(model)
-    captured = make_fx(call, tracing_mode=tracing_mode, pre_dispatch=pre_dispatch, _allow_non_fake_inputs=True)(
-        parameters, X
-    )
+    captured = make_fx(
+        call, tracing_mode=tracing_mode, pre_dispatch=pre_dispatch, _allow_non_fake_inputs=True
+    )(parameters, X)
     graph_module = fused(captured, NET_PAIRS, **ITSELF)
     if tracing_mode != "real":
         assert all(isinstance(node.meta["val"], torch.Tensor) for node in fused_nodes(graph_module))
@@ -169,10 +169,10 @@ def captured_by_dynamo():
         graphs.append((graph_module, transform(graph_module)))
         return graphs[-1][1]
 
-    def compile(model, **options):
+    def compiled(model, **options):
         return torch.compile(model, backend=backend, **options), graphs
 
-    yield compile
+    yield compiled
     torch._dynamo.reset()
 
 

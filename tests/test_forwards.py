@@ -99,7 +99,9 @@ def test_nested_inputs_and_outputs(returned):
 def test_an_ordered_dict_of_features():
     """What segmentation backbones return."""
     model = prepared(Nested(lambda y, batch: OrderedDict([("out", y), ("aux", y.mean())])))
-    graph_module = fused(model, trace=lambda m: torch.export.export(m, ({"images": [X, X[:, :1, :3, :3]]},)).module())
+    graph_module = fused(
+        model, trace=lambda m: torch.export.export(m, ({"images": [X, X[:, :1, :3, :3]]},)).module()
+    )
     assert_equivalent(model, graph_module, {"images": [X, X[:, :1, :3, :3]]})
 
 

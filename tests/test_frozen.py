@@ -1,4 +1,4 @@
-"""Failure class n: every subset of what may require grad; only what is needed is saved, never more than in Eval mode."""
+"""Failure class n: every subset of what may require grad. What is saved is what is needed, never more than in Eval."""
 
 import itertools
 
@@ -33,8 +33,12 @@ SHAPES = {
     ),
     "wider output": Layer(lambda: nn.Conv2d(4, 16, 3), lambda: nn.BatchNorm2d(16), (4, 4, 8, 8)),
     "linear, wider input": Layer(lambda: nn.Linear(32, 8), lambda: nn.BatchNorm1d(8), (64, 32)),
-    "transposed": Layer(lambda: nn.ConvTranspose2d(8, 4, 2, stride=2), lambda: nn.BatchNorm2d(4), (4, 8, 8, 8)),
+    "transposed": Layer(
+        lambda: nn.ConvTranspose2d(8, 4, 2, stride=2), lambda: nn.BatchNorm2d(4), (4, 8, 8, 8)
+    ),
     "depthwise": Layer(lambda: nn.Conv2d(8, 8, 3, groups=8), lambda: nn.BatchNorm2d(8), (4, 8, 9, 9)),
+    "heavy": Layer(lambda: nn.Conv2d(16, 4, 5), lambda: nn.BatchNorm2d(4), (4, 16, 8, 8)),
+    "heavy linear": Layer(lambda: nn.Linear(64, 32), lambda: nn.BatchNorm1d(32), (8, 64)),
     "large weight": Layer(lambda: nn.Conv2d(64, 64, 3), lambda: nn.BatchNorm2d(64), (1, 64, 3, 3)),
 }
 
@@ -67,6 +71,19 @@ def test_never_more_is_saved_than_in_eval_mode(layer, subset, dtype):
     graph_module = fused(model)
     x = train_only(model, SHAPES[layer].input(dtype), subset)
     assert saved_bytes(graph_module, x) <= saved_bytes(model, x)
+
+
+@pytest.mark.parametrize("subset", SUBSETS, ids=name_of)
+@pytest.mark.parametrize("layer", SHAPES)
+@pytest.mark.parametrize("autocast", [False, True], ids=["low-precision conv", "autocast"])
+def test_never_more_is_saved_in_mixed_precision(layer, subset, autocast):
+    conv_dtype = torch.float32 if autocast else torch.bfloat16
+    model = SHAPES[layer].model(torch.float32)
+    model.conv.to(conv_dtype)
+    graph_module = fused(model)
+    x = train_only(model, SHAPES[layer].input(conv_dtype), subset)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert saved_bytes(graph_module, x) <= saved_bytes(model, x)
 
 
 @pytest.mark.parametrize("subset", SUBSETS, ids=name_of)

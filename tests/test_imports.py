@@ -12,7 +12,18 @@ import convbn_fx
 PACKAGE = Path(convbn_fx.__file__).parent
 FILES = {path.stem: path for path in PACKAGE.glob("*.py")}
 #: What only an extra installs, or what a library for any model has no business with.
-FOREIGN = {"torchvision", "timm", "rich", "typer", "click", "matplotlib", "hypothesis", "pytest", "PIL", "scipy"}
+FOREIGN = {
+    "torchvision",
+    "timm",
+    "rich",
+    "typer",
+    "click",
+    "matplotlib",
+    "hypothesis",
+    "pytest",
+    "PIL",
+    "scipy",
+}
 #: Phases of the pass, and what offers them to users.
 PIPELINE = {"tracing", "matching", "rewriting", "graph_module", "api", "compiler", "testing", "memory"}
 
@@ -55,7 +66,16 @@ def test_the_import_of_the_library_brings_torch_alone():
     with_torch = in_a_fresh_process(f"import torch, torch.fx; {LIST_MODULES}")
     with_library = in_a_fresh_process(f"import convbn_fx; {LIST_MODULES}")
     surplus = with_library - with_torch - {"convbn_fx"} - set(sys.stdlib_module_names)
-    installed_by_torch = {"sympy", "mpmath", "networkx", "numpy", "filelock", "fsspec", "jinja2", "typing_extensions"}
+    installed_by_torch = {
+        "sympy",
+        "mpmath",
+        "networkx",
+        "numpy",
+        "filelock",
+        "fsspec",
+        "jinja2",
+        "typing_extensions",
+    }
     assert not surplus - installed_by_torch
     assert not with_library & FOREIGN
     assert "torch" in with_library

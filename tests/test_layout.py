@@ -110,9 +110,7 @@ def test_flatten_then_linear_then_batch_norm():
 
 def test_transposed_channels():
     """Linear over the last dimension with the channels moved to dimension 1: legal, and not a pair."""
-    model = prepared(
-        Pair(nn.Linear(3, 4), nn.BatchNorm1d(4), lambda m, x: m.norm(m.conv(x).transpose(1, 2)))
-    )
+    model = prepared(Pair(nn.Linear(3, 4), nn.BatchNorm1d(4), lambda m, x: m.norm(m.conv(x).transpose(1, 2))))
     assert_equivalent(model, fused(model, 0), data(2, 5, 3))
 
 

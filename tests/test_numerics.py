@@ -85,7 +85,9 @@ def test_error_of_the_gradient_of_gamma(layer, dtype):
     assert worst <= 12
 
 
-@pytest.mark.xfail(strict=True, reason="B13 asks for 1.5 times Eval mode's own error; gamma's gradient has 2 to 6 times")
+@pytest.mark.xfail(
+    strict=True, reason="B13 asks for 1.5 times Eval mode's own error; gamma's gradient has 2 to 6 times"
+)
 def test_error_of_the_gradient_of_gamma_is_at_most_that_of_eval_mode():
     assert max(gamma_ratio(layer, dtype, 0) for layer in PRECISION for dtype in DTYPES) <= 1.5
 
@@ -269,7 +271,9 @@ def test_float16_gradient_of_gamma_where_that_of_the_weight_overflows(norm_dtype
     assert not lost
 
 
-@pytest.mark.xfail(strict=True, reason="the fused weight overflows, or vanishes, in float32: values beyond 1e19")
+@pytest.mark.xfail(
+    strict=True, reason="the fused weight overflows, or vanishes, in float32: values beyond 1e19"
+)
 @pytest.mark.parametrize(("weight", "gamma", "value"), [(1e25, 1e20, 1e-30), (1e-30, 1e-20, 1e30)])
 def test_float32_products_beyond_its_range(weight, gamma, value):
     model = Pair(nn.Conv2d(1, 1, 1, bias=False), nn.BatchNorm2d(1)).eval()

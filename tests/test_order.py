@@ -4,7 +4,7 @@ import operator
 
 import pytest
 import torch
-from models import ConvNormAct, Functional, Pair, data, fused, prepared, reasons
+from models import KINDS, LAYOUTS, ConvNormAct, Functional, Pair, data, fused, prepared, reasons
 from torch import nn
 from torch.nn import functional as F
 
@@ -238,6 +238,58 @@ def test_input_changed_after_the_norm_is_still_an_error_in_the_backward_pass():
         assert_equivalent(model, graph_module, data(2, 3, 5, 5))
     with torch.no_grad():
         assert_equivalent(model, graph_module, data(2, 3, 5, 5))
+
+
+PLACES = [
+    "input",
+    "conv.weight",
+    "conv.bias",
+    "norm.weight",
+    "norm.bias",
+    "norm.running_mean",
+    "norm.running_var",
+]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("layer", ["conv2d", "heavy", "linear"])
+@pytest.mark.parametrize("frozen", ["nothing", "conv", "norm"])
+def test_changes_between_forward_and_backward_never_go_unnoticed(place, layer, frozen):
+    """The gradients are those of the tensors as they were; or there is an error, as autograd gives in Eval mode."""
+    layer = (KINDS | LAYOUTS)[layer]
+    model = layer.model()
+    graph_module = fused(model)
+    if frozen != "nothing":
+        model.get_submodule(frozen).requires_grad_(False)
+    x = layer.input().requires_grad_()
+    sources = {"input": x, **{name: p for name, p in model.named_parameters() if p.requires_grad}}
+    expected = torch.autograd.grad(graph_module(x).sin().sum(), list(sources.values()))
+    loss = graph_module(x).sin().sum()
+    with torch.no_grad():
+        {"input": x, **model.state_dict(keep_vars=True)}[place].mul_(2)
+    try:
+        actual = torch.autograd.grad(loss, list(sources.values()))
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)  # noqa: PT017 - either is right
+    else:
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.xfail(
+    strict=True, raises=RuntimeError, reason="Eval mode does not save the bias, Tune mode does, for gamma"
+)
+def test_a_conv_bias_changed_between_forward_and_backward():
+    model = prepared(Pair())
+    graph_module = fused(model)
+    expected = torch.autograd.grad(model(data(2, 3, 6, 6)).sin().sum(), list(model.parameters()))
+    for candidate in (model, graph_module):
+        loss = candidate(data(2, 3, 6, 6)).sin().sum()
+        with torch.no_grad():
+            model.conv.bias.add_(1)
+        actual = torch.autograd.grad(loss, list(model.parameters()))
+        with torch.no_grad():
+            model.conv.bias.sub_(1)
+        torch.testing.assert_close(actual, expected)
 
 
 def test_a_metadata_read_does_not_move_the_pair_over_a_change():

@@ -101,8 +101,14 @@ CASES = {
         "NOT_AFTER_CONVOLUTION",
         module(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4))),
     ),
-    "of an input": ("NOT_AFTER_CONVOLUTION", module(lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)))),
-    "after pooling": ("NOT_AFTER_CONVOLUTION", module(lambda: nn.Sequential(nn.MaxPool2d(2), nn.BatchNorm2d(3)))),
+    "of an input": (
+        "NOT_AFTER_CONVOLUTION",
+        module(lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3))),
+    ),
+    "after pooling": (
+        "NOT_AFTER_CONVOLUTION",
+        module(lambda: nn.Sequential(nn.MaxPool2d(2), nn.BatchNorm2d(3))),
+    ),
     "of a sum": (
         "NOT_AFTER_CONVOLUTION",
         module(lambda: Pair(forward=lambda m, x: m.norm(m.conv(x) + m.conv(-x)))),
@@ -131,7 +137,10 @@ CASES = {
         "UNUSUAL_CALL",
         functional(lambda m, x: F.batch_norm(F.conv2d(x, m.weight), m.mean, m.var, training=x)),
     ),
-    "inside a leaf": ("INSIDE_LEAF_MODULE", lambda: symbolic_trace(with_hook(prepared(nn.Sequential(Pair()))))),
+    "inside a leaf": (
+        "INSIDE_LEAF_MODULE",
+        lambda: symbolic_trace(with_hook(prepared(nn.Sequential(Pair())))),
+    ),
     "not called": ("NOT_CALLED", module(lambda: Pair(forward=lambda m, x: m.conv(x)))),
 }
 
@@ -299,7 +308,9 @@ def test_reports_are_added_and_prefixed():
     assert total.fused == SMALL.fused
     assert [skip.batch_norm for skip in total.skipped] == ["norm1", "norm2", "norm3", "head.norm4"]
     assert SMALL.prefixed("") == SMALL
-    assert SMALL.prefixed("a.b").fused[0] == PairRecord("a.b.stem.conv", "a.b.stem.norm", "Conv2d", "BatchNorm2d")
+    assert SMALL.prefixed("a.b").fused[0] == PairRecord(
+        "a.b.stem.conv", "a.b.stem.norm", "Conv2d", "BatchNorm2d"
+    )
     assert len(SMALL.skipped) == 3
 
 
@@ -347,7 +358,9 @@ def test_a_traced_model_around_a_rewritten_part():
 @pytest.mark.parametrize("model", [net(), symbolic_trace(net()), torch.fx.symbolic_trace(net()), nn.ReLU()])
 def test_a_model_that_was_not_rewritten(model):
     name = type(model).__name__
-    with pytest.raises(ValueError, match=rf"report: nothing in this {name} was rewritten by convbn_fx. .*transform"):
+    with pytest.raises(
+        ValueError, match=rf"report: nothing in this {name} was rewritten by convbn_fx. .*transform"
+    ):
         report(model)
 
 
@@ -358,12 +371,16 @@ def test_what_is_no_module(thing):
         report(thing)
     with pytest.raises(TypeError, match=f"symbolic_trace: expected a torch.nn.Module, got {name}"):
         symbolic_trace(thing)
-    with pytest.raises(TypeError, match=f"transform: expected a torch.fx.GraphModule, got {name}.*symbolic_trace"):
+    with pytest.raises(
+        TypeError, match=f"transform: expected a torch.fx.GraphModule, got {name}.*symbolic_trace"
+    ):
         transform(thing)
 
 
 def test_a_model_that_was_not_traced():
-    with pytest.raises(TypeError, match=r"got Net. Trace the model first: transform\(convbn_fx.symbolic_trace"):
+    with pytest.raises(
+        TypeError, match=r"got Net. Trace the model first: transform\(convbn_fx.symbolic_trace"
+    ):
         transform(net())
 
 

@@ -74,7 +74,9 @@ def test_an_output_of_the_conv_that_is_used_elsewhere_stays(case):
     model = two(function)
     graph_module = fused(model, pairs=0)
     assert_equivalent(model, graph_module, X)
-    skipped = [skip for skip in graph_module.meta["convbn_fx"].skipped if skip.batch_norm in ("norm1", "norm2")]
+    skipped = [
+        skip for skip in graph_module.meta["convbn_fx"].skipped if skip.batch_norm in ("norm1", "norm2")
+    ]
     names = [skip.reason.name for skip in skipped]
     assert names.count("CONVOLUTION_OUTPUT_USED_ELSEWHERE") == norms
 

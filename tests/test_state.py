@@ -255,7 +255,8 @@ def test_a_fresh_process_loads_what_was_saved(tmp_path, trace):
     here = Path(__file__).parent
     run = subprocess.run(
         [sys.executable, "-W", "error", "-c", IN_A_FRESH_PROCESS, str(tmp_path / "model.pt")],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(Path(convbn_fx.__file__).parent.parent)])},
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join([str(here), str(Path(convbn_fx.__file__).parent.parent)])},
         cwd=tmp_path,
         capture_output=True,
         text=True,

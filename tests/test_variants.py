@@ -12,7 +12,15 @@ from convbn_fx.testing import assert_equivalent, randomize_batchnorms
 
 LAYERS = {
     name: (KINDS | LAYOUTS)[name]
-    for name in ("conv2d", "linear", "conv1d", "grouped_transpose2d", "depthwise2d", "no_bias", "linear_no_bias")
+    for name in (
+        "conv2d",
+        "linear",
+        "conv1d",
+        "grouped_transpose2d",
+        "depthwise2d",
+        "no_bias",
+        "linear_no_bias",
+    )
 }
 
 
@@ -300,7 +308,8 @@ def test_a_training_run_follows_eval_mode():
     reference = copy.deepcopy(model)
     graph_module = fused(model)
     runs = [
-        (net, torch.optim.Adam(net.parameters(), 1e-2, weight_decay=1e-2)) for net in (reference, graph_module)
+        (net, torch.optim.Adam(net.parameters(), 1e-2, weight_decay=1e-2))
+        for net in (reference, graph_module)
     ]
     for step in range(5):
         for net, optimizer in runs:
