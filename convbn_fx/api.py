@@ -46,10 +46,14 @@ def transform(graph_module: torch.fx.GraphModule, *, include_training: bool = Fa
             "Trace the model first: transform(convbn_fx.symbolic_trace(model))"
         )
     result = copied(graph_module)
-    matches, skips = find_pairs(result, include_training)
-    rewrite(result, matches)
-    before = graph_module.meta.get(_META_KEY, Report())
-    result.meta[_META_KEY] = Report([*before.fused, *(match.pair for match in matches)], skips)
+    fused = list(graph_module.meta.get(_META_KEY, Report()).fused)
+    while True:  # the second time round for the skips: they speak of the graph as it is in the end
+        matches, skips = find_pairs(result, include_training)
+        if not matches:
+            break
+        rewrite(result, matches)
+        fused += [match.pair for match in matches]
+    result.meta[_META_KEY] = Report(fused, skips)
     return result
 
 

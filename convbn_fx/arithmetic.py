@@ -139,13 +139,18 @@ def along_output_channels(scale: Tensor, weight: Tensor, conv: Convolution) -> T
 def products(left: Tensor, right: Tensor, conv: Convolution) -> Tensor:
     """The scalar products of two weights, one per output channel: shape (C_out,)."""
     if conv.transposed:
-        left, right = (
-            weight.unflatten(0, (conv.groups, -1)).transpose(1, 2).flatten(0, 1) for weight in (left, right)
-        )
-    # In the order of memory, so that flattening does not copy (channels_last).
+        left, right = (_output_channels_first(weight, conv.groups) for weight in (left, right))
+    # In the order of memory, so that reshaping does not copy (channels_last).
     order = [0, *sorted(range(1, left.ndim), key=left.stride, reverse=True)]
-    result: Tensor = torch.linalg.vecdot(left.permute(order).flatten(1), right.permute(order).flatten(1))
+    rows = (weight.permute(order).reshape(weight.shape[0], -1) for weight in (left, right))
+    result: Tensor = torch.linalg.vecdot(*rows)
     return result
+
+
+def _output_channels_first(weight: Tensor, groups: int) -> Tensor:
+    """A transposed convolution's weight as (C_out, C_in / groups, ...)."""
+    by_group = weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2)
+    return by_group.reshape(-1, *by_group.shape[2:])
 
 
 def output_channels(conv: Convolution) -> int:

@@ -27,6 +27,7 @@ _NOT_SHARED: Final = frozenset(
         "_erase_node_hooks",
         "_deepcopy_hooks",
         "shape_env",
+        "meta",
         "forward",
         "_modules",
         "_parameters",
@@ -53,6 +54,8 @@ class GraphModule(torch.fx.GraphModule):
             self._share_state(root)
 
     def _share_state(self, root: nn.Module) -> None:
+        if isinstance(root, torch.fx.GraphModule):
+            self.meta = dict(root.meta)
         # Tensors that tracing made constants, and tensors that are plain attributes, are no part of a checkpoint.
         constants = {name: tensor for name, tensor in self._buffers.items() if name not in root._buffers}
         self._non_persistent_buffers_set = root._non_persistent_buffers_set | set(constants)
@@ -84,4 +87,6 @@ def _rebuild(state: dict[str, Any], import_block: str, class_name: str) -> Graph
     graph: Any = reduce_graph_module(dict(state), import_block).graph
     root = nn.Module()
     vars(root).update(state)
-    return GraphModule(root, graph, class_name)
+    result = GraphModule(root, graph, class_name)
+    result.meta = state["meta"]
+    return result

@@ -6,9 +6,11 @@ depth, attention, squeeze-and-excitation), and so does one with hooks. A leaf wh
 opened afterwards, if it holds a convolution and can be traced: that is where a pair crosses a module's border.
 """
 
-from collections.abc import Callable, Iterator
+import copy
+import operator
+from collections.abc import Callable, Iterator, MutableMapping, MutableSequence, MutableSet
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +38,24 @@ class TracingError(RuntimeError):
         self.module = module
 
 
+class _Proxy(torch.fx.Proxy):
+    """A proxy for which augmented assignment is what it is for tensors: a change in place, seen by every alias."""
+
+
+def _augmented_assignment(
+    function: Callable[[Any, Any], Any],
+) -> Callable[[torch.fx.Proxy, Any], torch.fx.Proxy]:
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+for _function in (
+    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod),
+    *(operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift),
+    operator.irshift,
+):
+    setattr(_Proxy, f"__{_function.__name__}__", _augmented_assignment(_function))
+
+
 class Tracer(torch.fx.Tracer):
     """The tracer behind [`symbolic_trace`][convbn_fx.symbolic_trace]; usable with torch.fx's own machinery too.
 
@@ -52,6 +72,10 @@ class Tracer(torch.fx.Tracer):
         self.opened = opened
         self.closed = closed
         self.culprit: str | None = None  # the innermost module in which tracing failed
+
+    def proxy(self, node: Node) -> torch.fx.Proxy:
+        """Makes the proxy that stands for a node while the forward runs."""
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether calling `m` becomes one node."""
@@ -106,7 +130,15 @@ def symbolic_trace(root: nn.Module, concrete_args: dict[str, Any] | None = None)
     if "forward" in vars(root):
         patched = TypeError("the instance's forward is not its class's, and tracing would ignore it")
         raise TracingError(type(root).__name__, None, patched)
+    if taken := _NAMES_OF_GRAPH_MODULES & root._modules.keys():
+        renamed = NameError(
+            f"rename {', '.join(sorted(taken))}: a GraphModule has attributes of that name itself"
+        )
+        raise TracingError(type(root).__name__, None, renamed)
     return _trace_as_far_as_possible(root, concrete_args)
+
+
+_NAMES_OF_GRAPH_MODULES: Final = frozenset(dir(torch.fx.GraphModule)) - frozenset(dir(nn.Module)) | {"meta"}
 
 
 def _trace_as_far_as_possible(root: nn.Module, concrete_args: dict[str, Any] | None) -> GraphModule:
@@ -173,8 +205,10 @@ def _left_as_found(root: nn.Module) -> Iterator[None]:
     """
     containers: list[Any] = [vars(module) for module in root.modules()]
     attributes = [value for container in containers for value in container.values()]
-    containers += [value for value in attributes if isinstance(value, (dict, list, set))]
-    found = [(container, container.copy()) for container in containers]
+    containers += [
+        value for value in attributes if isinstance(value, (MutableMapping, MutableSequence, MutableSet))
+    ]
+    found = [(container, copy.copy(container)) for container in containers]
     tensors = [
         (value, value.clone()) for value in attributes if isinstance(value, Tensor) and not value.is_meta
     ]
@@ -184,7 +218,13 @@ def _left_as_found(root: nn.Module) -> Iterator[None]:
     finally:
         for container, content in found:
             container.clear()
-            (container.extend if isinstance(container, list) else container.update)(content)
+            if isinstance(container, MutableMapping):
+                container.update(content)
+            elif isinstance(container, MutableSet):
+                for element in content:
+                    container.add(element)
+            else:
+                container.extend(content)
         for tensor, value in tensors:
             if not torch.equal(tensor, value):
                 tensor.copy_(value)
