@@ -16,7 +16,7 @@ settings.register_profile("dev", max_examples=100, deadline=None, phases=_PHASES
 settings.register_profile(
     "ci", settings.get_profile("dev"), max_examples=150, derandomize=True, print_blob=True
 )
-settings.register_profile("thorough", settings.get_profile("dev"), max_examples=2000)
+settings.register_profile("thorough", settings.get_profile("dev"), max_examples=1500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 

@@ -90,7 +90,7 @@ MUTANTS = [
         "repeat_interleave(weight.shape[0] // conv.groups, dim=0)",
         "repeat(weight.shape[0] // conv.groups, 1)",
     ),
-    Mutant("products of the input channels", "arithmetic.products", ".transpose(1, 2)", ""),
+    Mutant("products of the input channels", "arithmetic._output_channels_first", ".transpose(1, 2)", ""),
     Mutant(
         "gradient of the input unscaled",
         "fused._gradients",

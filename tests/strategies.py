@@ -672,6 +672,13 @@ def _sources(scope: _Scope, condition: Callable[[Shape], bool] = bool) -> st.Sea
     return st.sampled_from([*values[-1:] * len(values), *reversed(values), *others * 4])
 
 
+def _norm_sources(scope: _Scope, condition: Callable[[Shape], bool]) -> st.SearchStrategy[int]:
+    """The same for a batch norm: mostly the output of a convolution that nothing has read yet."""
+    values = scope.select(condition)
+    waiting = [value for value in values if value in scope.convolved & scope.unread]
+    return st.sampled_from([*reversed(values), *waiting * (1 + 4 * len(values))])
+
+
 @cache
 def _geometries(size: int, transposed: bool, padding: str | None, output_size: bool) -> list[Geometry]:
     """All that can be laid on a dimension of that size, the simplest first."""
@@ -754,9 +761,7 @@ def _conv_steps(draw: st.DrawFn, scope: _Scope) -> Conv:
 
 @st.composite
 def _norm_steps(draw: st.DrawFn, scope: _Scope) -> Norm:
-    readable = scope.select(Norm.can_read)
-    waiting = [value for value in readable if value in scope.convolved & scope.unread]
-    source = draw(st.sampled_from([*reversed(readable), *waiting * (1 + 4 * len(readable))]))
+    source = draw(_norm_sources(scope, Norm.can_read))
     shape = scope.shapes[source]
     kinds = [kind for kind, ranks in NORM_RANKS.items() if len(shape) in ranks]
     kind = draw(st.sampled_from([*kinds[:1] * 3, *kinds[1:]]))
@@ -814,8 +819,9 @@ def _again_steps(draw: st.DrawFn, scope: _Scope) -> Again:
     layers = [index for index, step in enumerate(scope.steps) if isinstance(step, _LAYERS)]
     step = draw(st.sampled_from(layers[::-1]))
     layer = scope.steps[step]
+    sources = _norm_sources if isinstance(layer, Norm) else _sources
     first = scope.shapes[layer.source]
-    return Again(draw(_sources(scope, lambda shape: layer.fits(shape, first))), step)
+    return Again(draw(sources(scope, lambda shape: layer.fits(shape, first))), step)
 
 
 @st.composite
@@ -836,7 +842,7 @@ def _choices(scope: _Scope) -> list[Callable[[_Scope], st.SearchStrategy[Step]]]
         choices += [_norm_steps] * (40 if scope.convolved & scope.unread else 2)
     choices += [_activation_steps, _activation_steps, _combine_steps, _combine_steps, _reshape_steps]
     if any(isinstance(step, _LAYERS) for step in scope.steps):
-        choices += [_again_steps] * 2
+        choices += [_again_steps] * 5
     if scope.select(lambda shape: len(shape) > 2):
         choices.append(_flatten_steps)
     if scope.depth < 2:

@@ -119,14 +119,7 @@ def test_a_graph_used_twice(layer):
     torch.testing.assert_close(twice(graph_module), expected)
 
 
-BATCHED = pytest.mark.xfail(
-    strict=True,
-    raises=RuntimeError,
-    reason="is_grads_batched has no rule for Tensor.flatten and unflatten, which gamma's gradient uses",
-)
-
-
-@pytest.mark.parametrize("frozen", ["gamma", pytest.param("nothing", marks=BATCHED)])
+@pytest.mark.parametrize("frozen", ["gamma", "nothing"])
 def test_batched_gradients(layer, frozen):
     """`is_grads_batched` runs the backward pass under the older vmap."""
     model = layer.model()
@@ -191,10 +184,7 @@ AUTOGRAD_FUNCTIONAL = {
 
 @pytest.mark.parametrize(
     "compute",
-    [
-        pytest.param(name, marks=BATCHED if name.startswith("vectorized") else ())
-        for name in AUTOGRAD_FUNCTIONAL
-    ],
+    [name for name in AUTOGRAD_FUNCTIONAL],
 )
 def test_autograd_functional(compute):
     model = KINDS["conv1d"].model()

@@ -96,7 +96,15 @@ def test_nested_inputs_and_outputs(returned):
     assert_equivalent(model, fused(model), {"images": [X, data(2, 4, 3, 3, seed=1)], "labels": [1]})
 
 
-def test_an_ordered_dict_of_features():
+@pytest.mark.xfail(
+    strict=True, reason="torch.fx writes a dict literal: torchvision's segmentation models return dict"
+)
+def test_an_ordered_dict_stays_one():
+    model = prepared(Nested(lambda y, batch: OrderedDict([("out", y), ("aux", y.mean())])))
+    assert_equivalent(model, fused(model), {"images": [X, X[:, :1, :3, :3]]})
+
+
+def test_an_exported_ordered_dict_of_features():
     """What segmentation backbones return."""
     model = prepared(Nested(lambda y, batch: OrderedDict([("out", y), ("aux", y.mean())])))
     graph_module = fused(
@@ -155,6 +163,58 @@ def test_a_sub_module_with_control_flow_but_without_batch_norm_is_no_obstacle():
     graph_module = fused(model)
     assert_equivalent(model, graph_module, X)
     assert_equivalent(model, graph_module, -X)
+
+
+def without_gradients(m, x):
+    with torch.no_grad():
+        y = m.norm(m.conv(x))
+    return y * m.scale
+
+
+def in_inference_mode(m, x):
+    with torch.inference_mode():
+        y = m.norm(m.conv(x))
+    return y.clone() * m.scale
+
+
+def in_bfloat16(m, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        y = m.norm(m.conv(x))
+    return y * m.scale
+
+
+def in_float32(m, x):
+    with torch.autocast("cpu", enabled=False):
+        y = m.norm(m.conv(x))
+    return y * m.scale
+
+
+def with_a_random_number(m, x):
+    return m.norm(m.conv(x)) * torch.rand(1)
+
+
+@pytest.mark.xfail(strict=True, reason="the trace drops the context, or makes a constant, without a word")
+@pytest.mark.parametrize(
+    ("forward", "autocast"),
+    [
+        (without_gradients, False),
+        (in_inference_mode, False),
+        (in_bfloat16, False),
+        (in_float32, True),
+        (with_a_random_number, False),
+    ],
+)
+def test_what_a_graph_cannot_hold_is_kept_or_refused(forward, autocast):
+    """A frozen backbone under `no_grad` is the common case."""
+    model = Pair(forward=forward)
+    model.scale = nn.Parameter(torch.ones(1))
+    prepared(model, torch.float32)
+    try:
+        graph_module = fused(model)
+    except convbn_fx.TracingError:
+        return
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert_equivalent(model, graph_module, X.float())
 
 
 def test_control_flow_on_python_values_is_evaluated():

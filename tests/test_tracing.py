@@ -255,10 +255,6 @@ def test_parameters_replaced_on_the_original_are_seen_where_modules_are_shared()
     assert_equivalent(model, graph_module, X)
 
 
-AUGMENTED = "augmented assignment is traced as out of place: aliases, and the caller's tensors, do not see it"
-
-
-@pytest.mark.xfail(strict=True, reason=AUGMENTED)
 @pytest.mark.parametrize("changed", ["input", "alias"])
 def test_augmented_assignment(changed):
     def forward(m, x):
@@ -288,9 +284,7 @@ def test_augmented_assignment(changed):
         OrderedDict,
         Counter,
         partial(defaultdict, int),
-        pytest.param(
-            deque, marks=pytest.mark.xfail(strict=True, reason="it is not put back, and keeps a proxy")
-        ),
+        deque,
     ],
     ids=str,
 )
@@ -367,12 +361,6 @@ def test_the_tracer_works_with_the_machinery_of_torch_fx():
     torch.testing.assert_close(graph_module(X), model(X))
 
 
-NAMES = pytest.mark.xfail(
-    strict=True, reason="torch.fx.GraphModule has these names itself: no TracingError says so"
-)
-
-
-@NAMES
 @pytest.mark.parametrize("name", ["graph", "code", "meta", "recompile"])
 def test_sub_modules_with_names_that_a_graph_module_has_itself(name):
     model = prepared(nn.Sequential(OrderedDict({name: Pair()})))
@@ -383,7 +371,6 @@ def test_sub_modules_with_names_that_a_graph_module_has_itself(name):
         assert name in str(error)  # noqa: PT017 - either is right
 
 
-@NAMES
 def test_an_attribute_called_meta():
     model = prepared(Pair())
     model.meta = "data"

@@ -145,6 +145,18 @@ def test_a_norm_without_running_statistics(affine):
     assert_equivalent(model, graph_module, data(2, 3, 5, 5))
 
 
+@pytest.mark.xfail(
+    strict=True, reason="Eval mode raises: it has no such gradient; Tune mode takes them as constants"
+)
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_statistics_that_want_a_gradient_raise_as_before(name):
+    model = prepared(Pair())
+    graph_module = fused(model)
+    getattr(model.norm, name).requires_grad_()
+    with pytest.raises(RuntimeError, match="not differentiable"):
+        assert_equivalent(model, graph_module, data(2, 3, 5, 5))
+
+
 def test_running_statistics_taken_away_after_the_rewrite():
     model = prepared(Pair())
     graph_module = fused(model)
