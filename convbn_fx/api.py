@@ -31,7 +31,7 @@ def transform(graph_module: torch.fx.GraphModule, *, include_training: bool = Fa
         A new GraphModule with the same `state_dict` keys. [`report`][convbn_fx.report] tells what was fused in it.
 
     Raises:
-        TypeError: `graph_module` is not a `torch.fx.GraphModule`.
+        TypeError: `graph_module` is not a `torch.fx.GraphModule`, or its forward is not its graph's.
 
     Example:
         ```python
@@ -45,7 +45,14 @@ def transform(graph_module: torch.fx.GraphModule, *, include_training: bool = Fa
             f"transform: expected a torch.fx.GraphModule, got {type(graph_module).__name__}. "
             "Trace the model first: transform(convbn_fx.symbolic_trace(model))"
         )
+    if "forward" in vars(graph_module):
+        raise TypeError(
+            "transform: this GraphModule has a forward of its own as an instance attribute, which is not its graph's. "
+            "Remove it, or trace a module that calls it."
+        )
     result = copied(graph_module)
+    for name, part in _called_graph_modules(result):
+        setattr(result, name, transform(part, include_training=include_training))
     fused = list(graph_module.meta.get(_META_KEY, Report()).fused)
     while True:  # the second time round for the skips: they speak of the graph as it is in the end
         matches, skips = find_pairs(result, include_training)
@@ -55,6 +62,16 @@ def transform(graph_module: torch.fx.GraphModule, *, include_training: bool = Fa
         fused += [match.pair for match in matches]
     result.meta[_META_KEY] = Report(fused, skips)
     return result
+
+
+def _called_graph_modules(graph_module: GraphModule) -> list[tuple[str, torch.fx.GraphModule]]:
+    """The graphs inside the graph: bodies of higher-order operators, parts that were split off."""
+    targets = {node.target for node in graph_module.graph.nodes if node.op in ("get_attr", "call_module")}
+    return [
+        (name, part)
+        for name, part in graph_module.named_children()
+        if name in targets and isinstance(part, torch.fx.GraphModule)
+    ]
 
 
 def report(model: nn.Module) -> Report:

@@ -12,11 +12,13 @@ from convbn_fx.operands import Convolution
 def computing_dtype(input: Tensor, conv: Convolution) -> torch.dtype | None:
     """The dtype that the convolution computes in, or None where its operands do not agree on one.
 
-    Autocast casts the operands of every function that it knows, except float64 ones; `torch.convolution` it lets be.
+    Autocast casts the operands of every function that it knows, except float64 ones. Whether it knows
+    `torch.convolution` depends on the device.
     """
     operands = [tensor for tensor in (input, conv.weight, conv.bias) if tensor is not None]
-    if conv.op != "convolution" and _is_enabled(input.device.type):
-        dtype = torch.get_autocast_dtype(input.device.type)
+    device_type = input.device.type
+    if _is_enabled(device_type) and (conv.op != "convolution" or device_type in _CAST_CONVOLUTION):
+        dtype = torch.get_autocast_dtype(device_type)
         return None if any(tensor.dtype == torch.float64 for tensor in operands) else dtype
     return input.dtype if all(tensor.dtype == input.dtype for tensor in operands) else None
 
@@ -31,6 +33,12 @@ _DEVICE_TYPES: Final = frozenset(
     device_type
     for device_type in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla")
     if torch.amp.is_autocast_available(device_type)
+)
+
+_CAST_CONVOLUTION: Final = frozenset(
+    device_type
+    for device_type in _DEVICE_TYPES
+    if torch._C._dispatch_has_kernel_for_dispatch_key("aten::convolution", f"Autocast{device_type.upper()}")
 )
 
 

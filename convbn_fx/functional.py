@@ -57,7 +57,7 @@ def conv_batch_norm(
     if read_convolution is None or norm_kind is None or _has_any_global_hook() or _is_jit_tracing():
         return batch_norm(norm, convolution(conv, *args, **kwargs))
     input, conv = read_convolution(*args, **kwargs)
-    rank = 2 if conv.op == "linear" else conv.weight.ndim
+    rank = conv.weight.ndim
     if not isinstance(input, Tensor) or input.ndim != rank or not norm_kind.accepts(rank):
         # Dimension 1, which the batch norm reads, does not hold the output channels: an unbatched convolution, a
         # linear layer's input of more dimensions. (Or the batch norm is about to raise.)
@@ -70,7 +70,7 @@ def _is_jit_tracing() -> bool:
 
 
 def _is_proxy(value: object) -> bool:
-    return not isinstance(value, Tensor) and hasattr(type(value), "__torch_function__")
+    return isinstance(value, torch.fx.Proxy)
 
 
 # --- May the modules be bypassed? --------------------------------------------------------------------------------
@@ -110,35 +110,37 @@ def _in_best_form(input: Tensor, conv: Convolution, norm: BatchNorm) -> Tensor:
     dtype = computing_dtype(input, conv)
     if dtype is None or not _are_ordinary(input, conv, norm, dtype):
         return batch_norm(norm, convolution(conv, input))
-    if _is_transformed(input):
-        # Compilers recompute what is cheap, and function transforms need plain operations: the formula as it stands.
-        return _two_steps_or_formula(input, conv, norm, scale_on_output=is_half(dtype))
+    if _is_compiled(input):  # compilers recompute what is cheap, whatever the sizes
+        return _formula(input, conv, norm, two_steps=is_half(dtype))
     weight_size, output_size = conv.weight.numel(), _output_size(input, conv)
     scale_on_output = is_half(dtype) or weight_size > output_size
-    if not _wants_gradient(input, conv, norm):  # then nothing is saved
-        return _two_steps_or_formula(input, conv, norm, scale_on_output)
-    if weight_size > _WEIGHT_PER_SAVED_OUTPUT * output_size or (
-        output_size <= input.numel() and _gamma_alone_needs_the_input(input, conv, norm)
-    ):
-        return batch_norm(norm, convolution(conv, input))
+    if _is_transformed() or not _wants_gradient(input, conv, norm):
+        return _formula(input, conv, norm, two_steps=scale_on_output)
+    two_steps = weight_size > _WEIGHT_PER_SAVED_OUTPUT * output_size or (
+        _eval_mode_saves_the_output_alone(input, conv, norm)
+        and output_size * dtype.itemsize <= _saved_for_gamma(input, conv)
+    )
+    if two_steps:
+        return _formula(input, conv, norm, two_steps)
     return fused_convolution(input.to(dtype), conv, norm, scale_on_output)
 
 
-def _two_steps_or_formula(input: Tensor, conv: Convolution, norm: BatchNorm, scale_on_output: bool) -> Tensor:
-    if scale_on_output:
+def _formula(input: Tensor, conv: Convolution, norm: BatchNorm, two_steps: bool) -> Tensor:
+    """Eval mode's two steps, or the folded convolution as plain operations."""
+    if two_steps:
         return batch_norm(norm, convolution(conv, input))
     weight, bias = fold(conv, norm)
     return convolution(conv._replace(weight=weight, bias=bias), input)
 
 
-def _is_transformed(input: Tensor) -> bool:
-    """Whether something looks at the operations themselves: a compiler, a function transform, forward-mode AD."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or isinstance(input, FunctionalTensor)
-    )
+def _is_compiled(input: Tensor) -> bool:
+    """Whether a compiler captures the operations."""
+    return torch.compiler.is_compiling() or isinstance(input, FunctionalTensor)
+
+
+def _is_transformed() -> bool:
+    """Whether a function transform or forward-mode AD needs operations that it knows."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _wants_gradient(input: Tensor, conv: Convolution, norm: BatchNorm) -> bool:
@@ -148,8 +150,19 @@ def _wants_gradient(input: Tensor, conv: Convolution, norm: BatchNorm) -> bool:
     )
 
 
-def _gamma_alone_needs_the_input(input: Tensor, conv: Convolution, norm: BatchNorm) -> bool:
-    """Whether Eval mode would save the output alone, and not the input: gamma trains and little else does."""
+def _saved_for_gamma(input: Tensor, conv: Convolution) -> int:
+    """Bytes that the fused form saves where gamma trains: the input, and parameters that are computed themselves."""
+    computed = [
+        tensor
+        for tensor in (conv.weight, conv.bias)
+        if not (tensor is None or isinstance(tensor, nn.Parameter))
+    ]
+    size: int = input.untyped_storage().nbytes() + sum(tensor.nbytes for tensor in computed)
+    return size
+
+
+def _eval_mode_saves_the_output_alone(input: Tensor, conv: Convolution, norm: BatchNorm) -> bool:
+    """Whether Eval mode would save the convolution's output and not its input: gamma trains and little else does."""
     others = (conv.weight,) if conv.op == "linear" else (input, conv.weight, conv.bias)
     return (
         norm.weight is not None

@@ -16,7 +16,6 @@ from typing import Any, Final, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 
 from convbn_fx.arithmetic import (
@@ -154,7 +153,7 @@ def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         if output_scale is not None:
             per_scale = per_scale / output_scale
         grad_gamma = (per_scale + grad_shift * centred(bias, running_mean)) * inverse
-    if wanted.gamma and (not from_weight or (ctx.scale_on_output and _overflowed(grad_gamma))):
+    if wanted.gamma and (not from_weight or (is_half(ctx.input_dtype) and _overflowed(grad_gamma))):
         grad_gamma = _gradient_of_gamma(conv._replace(weight=weight, bias=bias), norm, input, grad_output)
     if wanted.weight:
         nobody_else_sees_it = not torch.is_grad_enabled()
@@ -201,8 +200,13 @@ def _overflowed(gradient: Any) -> bool:
 
 
 def _is_known(tensor: Tensor) -> bool:
-    """Whether looking at the values costs no synchronisation (and there are any)."""
-    return tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor)
+    """Whether the values can be looked at, and without a synchronisation: nobody traces or batches this."""
+    return (
+        tensor.device.type == "cpu"
+        and type(tensor) is Tensor
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
 
 
 def _on_channels(grad_output: Tensor, scale: Tensor) -> Tensor:

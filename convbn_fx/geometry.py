@@ -51,10 +51,12 @@ class Geometry(NamedTuple):
             if transposed:
                 sizes.append((size - 1) * stride - left - right + reach + extra + 1)
             else:
-                sizes.append((size + left + right - reach - 1) // stride + 1)
+                sizes.append(
+                    (size + left + right - reach - 1) // max(stride, 1) + 1
+                )  # a stride of 0 is for the convolution to refuse
         return sizes
 
 
 def _per_dimension(value: Any, dimensions: int) -> list[int]:
-    values = [value] if isinstance(value, int) else list(value)
+    values = list(value) if isinstance(value, Sequence) else [int(value)]
     return values * dimensions if len(values) == 1 else values

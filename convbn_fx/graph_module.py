@@ -12,6 +12,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 from torch.fx.graph_module import reduce_graph_module
+from torch.nn.modules.module import _WrappedHook
 
 # What belongs to one GraphModule and its graph, or is merged below.
 _NOT_SHARED: Final = frozenset(
@@ -67,9 +68,17 @@ class GraphModule(torch.fx.GraphModule):
                 continue
             if isinstance(value, (dict, list, set)):
                 value = value.copy()  # hooks added to one are not added to the other
-            elif isinstance(value, MethodType) and value.__self__ is root:
-                value = MethodType(value.__func__, self)
-            vars(self)[name] = value
+            if isinstance(value, dict):
+                value.update((key, self._bound_here(hook, root)) for key, hook in list(value.items()))
+            vars(self)[name] = self._bound_here(value, root)
+
+    def _bound_here(self, value: Any, root: nn.Module) -> Any:
+        """A method or hook that is bound to the root, bound to this module instead."""
+        if isinstance(value, MethodType) and value.__self__ is root:
+            return MethodType(value.__func__, self)
+        if isinstance(value, _WrappedHook) and value.with_module and value.module() is root:
+            return _WrappedHook(self._bound_here(value.hook, root), self)
+        return value
 
     def _deepcopy_init(self) -> Any:
         return partial(GraphModule.__init__, class_name=type(self).__name__)
@@ -80,7 +89,15 @@ class GraphModule(torch.fx.GraphModule):
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles as `torch.fx.GraphModule` does, by generated code; unpickling makes this class again."""
         _, (state, import_block) = super().__reduce__()
+        if not getattr(state.get("_tracer_cls"), "proxy_buffer_attributes", False):
+            state["_tracer_cls"] = _CodeTracer
         return _rebuild, (state, import_block, type(self).__name__)
+
+
+class _CodeTracer(torch.fx.Tracer):
+    """Traces generated code again, in which a fused call may read nothing but buffers."""
+
+    proxy_buffer_attributes = True
 
 
 def _rebuild(state: dict[str, Any], import_block: str, class_name: str) -> GraphModule:

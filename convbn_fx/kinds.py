@@ -101,6 +101,11 @@ def _methods(cls: type[nn.Module]) -> tuple[tuple[str, object], ...]:
     return tuple((name, getattr(cls, name)) for name in _FORWARD_METHODS if hasattr(cls, name))
 
 
+def _is_as_shipped(cls: type[nn.Module]) -> bool:
+    """Whether nobody had replaced a method of a torch.nn class before this file was imported."""
+    return all(method.__module__.startswith("torch.nn.modules.") for _, method in _methods(cls))
+
+
 _CONVOLUTION_CLASSES: dict[type[nn.Module], ConvolutionKind] = {
     cls: ConvolutionKind(cls.__name__, operands, batched_rank, _methods(cls))
     for cls, operands, batched_rank in (
@@ -112,6 +117,7 @@ _CONVOLUTION_CLASSES: dict[type[nn.Module], ConvolutionKind] = {
         (nn.ConvTranspose3d, conv_transpose_module("conv_transpose3d", 3), 5),
         (nn.Linear, linear_module, 2),
     )
+    if _is_as_shipped(cls)
 }
 
 _BATCH_NORM_CLASSES: dict[type[nn.Module], BatchNormKind] = {
@@ -122,9 +128,10 @@ _BATCH_NORM_CLASSES: dict[type[nn.Module], BatchNormKind] = {
         (nn.BatchNorm3d, (5,)),
         (nn.SyncBatchNorm, None),
     )
+    if _is_as_shipped(cls)
 }
 
-# Each row: the function, its name in reports, its signature (above), and what that needs to know.
+# Each row: the function, its name in reports, how its call is read, and the rank of a batched input.
 CONVOLUTION_FUNCTIONS: Final[dict[object, ConvolutionKind]] = {
     function: ConvolutionKind(name, operands, batched_rank)
     for function, name, operands, batched_rank in (
@@ -150,7 +157,7 @@ CONVOLUTION_FUNCTIONS: Final[dict[object, ConvolutionKind]] = {
     )
 }
 
-# Each row: the function, its name in reports, its signature (above), and where its output is.
+# Each row: the function, its name in reports, how its call is read, and where its output is.
 BATCH_NORM_FUNCTIONS: Final[dict[object, BatchNormKind]] = {
     function: BatchNormKind(name, operands, output_index=output_index)
     for function, name, operands, output_index in (
@@ -209,6 +216,14 @@ def resembles_convolution(module: nn.Module) -> bool:
 def resembles_batch_norm(module: nn.Module) -> bool:
     """Whether a user would call the module a batch norm, its forward known or not."""
     return isinstance(module, _BatchNorm) or type(module) in _BATCH_NORM_CLASSES
+
+
+def may_hold_batch_norm(module: nn.Module) -> bool:
+    """Whether a batch norm may be called inside the module: as a module, or as a function of running statistics."""
+    return any(
+        resembles_batch_norm(part) or {"running_mean", "running_var"} <= part._buffers.keys()
+        for part in module.modules()
+    )
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -312,8 +327,16 @@ def _row_like(
         raise TypeError(f"{function}: expected a subclass of torch.nn.Module, got {cls!r}")
     candidates = cls.__mro__ if like is None else (like,)
     for candidate in candidates:
-        if candidate in table:
-            return table[candidate]
+        if candidate not in table:
+            continue
+        row = table[candidate]
+        overridden = [name for name, method in row.methods if getattr(cls, name, None) is not method]
+        if like is None and overridden:
+            raise TypeError(
+                f"{function}: {cls.__qualname__} has its own {', '.join(overridden)}. Pass operands=... to say what it "
+                f"computes, or like={candidate.__name__} if it computes the same"
+            )
+        return row
     known = ", ".join(known_cls.__name__ for known_cls in table)
     raise TypeError(
         f"{function}: cannot tell what {cls.__qualname__} computes. Pass operands=..., or like= one of: {known}"

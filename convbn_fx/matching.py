@@ -12,7 +12,6 @@ from typing import Any, Final
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
-from torch.nn import functional as F
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from convbn_fx import functional, kinds
@@ -87,7 +86,7 @@ def _match(node: Node, name: str, graph_module: GraphModule, include_training: b
     _check_channels(convolution, batch_norm)
     position = _position(convolution_node, node, batch_norm)
     for between in _nodes_between(convolution_node, node):
-        if _may_change_tensors(between, graph_module):
+        if _may_change_tensors(between, graph_module) or _refers_to(between, batch_norm.operands):
             raise _Refusal(SkipReason.MODIFIED_IN_BETWEEN, between.name)
     return Match(
         Pair(
@@ -194,7 +193,9 @@ def _check_channels(convolution: _ConvolutionCall, batch_norm: _BatchNormCall) -
 def _position(convolution_node: Node, batch_norm_node: Node, batch_norm: _BatchNormCall) -> Node:
     """Where the fused call goes, if nothing but the batch norm needs the convolution's own output.
 
-    Its shape and dtype are those of the normalised output, so whoever reads them can read them there.
+    It takes the convolution's place, so that nothing changes places with the convolution, its parameters or its random
+    numbers. The batch norm moves up to it, for which its operands must be known there.
+    The output's shape and dtype are those of the normalised output, so whoever reads them can read them there.
 
     Raises:
         _Refusal: Something else needs it.
@@ -203,12 +204,18 @@ def _position(convolution_node: Node, batch_norm_node: Node, batch_norm: _BatchN
     others = [user.name for user in readers if not _reads_metadata(user)]
     if others:
         raise _Refusal(SkipReason.CONVOLUTION_OUTPUT_USED_ELSEWHERE, f"by {', '.join(sorted(others))}")
-    position = min([*readers, batch_norm_node])
-    for operand in batch_norm.operands if isinstance(batch_norm.operands, BatchNorm) else ():
-        if isinstance(operand, Node) and position < operand and operand.op != "get_attr":
-            detail = f"by {position.name}, before {operand.name} is known"
-            raise _Refusal(SkipReason.CONVOLUTION_OUTPUT_USED_ELSEWHERE, detail)
-    return position
+    operands = batch_norm.operands if isinstance(batch_norm.operands, BatchNorm) else ()
+    late = [
+        operand
+        for operand in operands
+        if isinstance(operand, Node) and convolution_node < operand and operand.op != "get_attr"
+    ]
+    if not late:
+        return convolution_node
+    if any(reader < batch_norm_node for reader in readers):
+        detail = f"by {min(readers).name}, before {late[0].name} is known"
+        raise _Refusal(SkipReason.CONVOLUTION_OUTPUT_USED_ELSEWHERE, detail)
+    return batch_norm_node
 
 
 def _reads_metadata(node: Node) -> bool:
@@ -255,9 +262,27 @@ _IN_PLACE_OPERATORS: Final = frozenset(
 ) | {"setitem", "delitem"}
 
 
+# These write to running statistics, whatever their names and schemas say.
+_UPDATES_STATISTICS: Final = frozenset(
+    {
+        "instance_norm",
+        "batch_norm_update_stats",
+        "batch_norm_gather_stats",
+        "batch_norm_gather_stats_with_counts",
+    }
+)
+
+
+def _refers_to(node: Node, batch_norm: Any) -> bool:
+    """Whether the node calls the batch norm module too, which may be in Train mode when the graph runs."""
+    return (
+        isinstance(batch_norm, str) and node.op in ("call_module", "get_attr") and node.target == batch_norm
+    )
+
+
 def _may_change_tensors(node: Node, graph_module: GraphModule) -> bool:
     """Whether the node may write to a tensor that a convolution or a batch norm reads. Errs on the side of yes."""
-    if node.op in ("placeholder", "get_attr", "output"):
+    if node.op in ("placeholder", "get_attr", "output") or _is_number(node):
         return False
     if node.op == "call_module":
         return not _is_pure(_module_of(node, graph_module))
@@ -267,7 +292,7 @@ def _may_change_tensors(node: Node, graph_module: GraphModule) -> bool:
         return not hasattr(torch.Tensor, str(node.target)) or _is_in_place(str(node.target), "torch")
     target: Any = node.target
     if isinstance(target, torch._ops.OpOverload):
-        return bool(target._schema.is_mutable)
+        return bool(target._schema.is_mutable) or target._opname in _UPDATES_STATISTICS
     if target is functional.conv_batch_norm:
         operands = [arg for arg in node.args[:2] if isinstance(arg, Node) and arg.op == "get_attr"]
         return not all(_is_pure(graph_module.get_submodule(str(operand.target))) for operand in operands)
@@ -277,10 +302,20 @@ def _may_change_tensors(node: Node, graph_module: GraphModule) -> bool:
     if getattr(target, "__module__", None) in _KNOWN_MODULES:
         return (
             _is_in_place(target.__name__, target.__module__)
-            or target is F.instance_norm
+            or target.__name__ in _UPDATES_STATISTICS
             or _asks_for_in_place(node)
         )
     return target not in _PURE_BUILTINS
+
+
+def _is_number(value: Any) -> bool:
+    """Whether the value is computed from shapes and constants alone, by operators: then it is no tensor."""
+    if not isinstance(value, Node):
+        return isinstance(value, (int, float, str, tuple, list, slice, type(None)))
+    if _reads_metadata(value):
+        return True
+    of_operator = getattr(value.target, "__module__", None) in ("_operator", "math")
+    return of_operator and not value.kwargs and all(_is_number(arg) for arg in value.args)
 
 
 def _is_in_place(name: str, module: str) -> bool:
@@ -345,8 +380,10 @@ def _out_of_sight(graph_module: GraphModule) -> list[Skip]:
     for name, module in graph_module.named_modules():
         if not kinds.resembles_batch_norm(module) or module.training or id(module) in seen:
             continue
-        prefixes = {name[:end] for end, letter in enumerate(name) if letter == "."}
-        leaf = next(iter(prefixes & called), None)
+        prefixes = [name[:end] for end, letter in enumerate(name) if letter == "."]
+        if any(isinstance(graph_module.get_submodule(prefix), GraphModule) for prefix in prefixes):
+            continue  # that graph has a report of its own
+        leaf = next((prefix for prefix in prefixes if prefix in called), None)
         if leaf is None:
             skips.append(Skip(name, SkipReason.NOT_CALLED))
         else:

@@ -1,7 +1,8 @@
-"""What the phases of the pass hand to one another, and what it tells its user: frozen data, no behaviour.
+"""What the phases of the pass hand to one another, and what it tells its user.
 
-[`Pair`][convbn_fx.records.Pair] and [`Skip`][convbn_fx.records.Skip] are plain strings and flags, so that a report
-can be copied, pickled and compared; [`Match`][convbn_fx.records.Match] adds the graph nodes of a pair.
+[`Pair`][convbn_fx.records.Pair] and [`Skip`][convbn_fx.records.Skip] are plain strings and flags, so that a
+[`Report`][convbn_fx.records.Report] can be copied, pickled, compared and printed;
+[`Match`][convbn_fx.records.Match] adds the graph nodes of a pair.
 """
 
 from collections import Counter
@@ -22,6 +23,10 @@ class SkipReason(StrEnum):
         member._value_ = value
         member.cure = cure
         return member
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickles by name, so that an explanation may be reworded."""
+        return getattr, (SkipReason, self.name)
 
     cure: str
 
@@ -125,8 +130,8 @@ class Match:
         convolution_node: The convolution's call.
         batch_norm_node: The batch norm's call.
         output_node: The node that holds the normalised tensor: the batch norm's call, or the `getitem` on it.
-        position: The node before which the fused call goes: the batch norm's call, or the first node that reads the
-            shape of the convolution's output.
+        position: The node before which the fused call goes: the convolution's call, so that nothing changes places
+            with it; the batch norm's where its operands are computed in between.
         convolution: Qualified module name, or a `Convolution` of nodes.
         batch_norm: Qualified module name, or a `BatchNorm` of nodes.
         args: Positional arguments of the convolution's call (for a function: its input alone).

@@ -8,7 +8,8 @@ opened afterwards, if it holds a convolution and can be traced: that is where a 
 
 import copy
 import operator
-from collections.abc import Callable, Iterator, MutableMapping, MutableSequence, MutableSet
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -36,6 +37,14 @@ class TracingError(RuntimeError):
             "depends on constants (concrete_args={...}), or capture the model with torch.export."
         )
         self.module = module
+
+
+def _context() -> tuple[Any, ...]:
+    """What with-statements around an operation change about it."""
+    autocast = [
+        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")
+    ]
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast
 
 
 class _Proxy(torch.fx.Proxy):
@@ -69,6 +78,7 @@ class Tracer(torch.fx.Tracer):
 
     def __init__(self, opened: frozenset[str] = frozenset(), closed: frozenset[str] = frozenset()) -> None:
         super().__init__()
+        self.context = _context()
         self.opened = opened
         self.closed = closed
         self.culprit: str | None = None  # the innermost module in which tracing failed
@@ -85,7 +95,16 @@ class Tracer(torch.fx.Tracer):
             return True
         if module_qualified_name in self.opened:
             return False
-        return not any(kinds.resembles_batch_norm(module) for module in m.modules())
+        return not kinds.may_hold_batch_norm(m)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> Node:
+        """Records a node, unless it would run in another context than the forward runs it in."""
+        if _context() != self.context:
+            raise RuntimeError(
+                "a with-statement changes grad mode or autocast here, which a graph cannot hold. Trace the part inside "
+                "it, or the parts around it, by themselves"
+            )
+        return super().create_node(*args, **kwargs)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -169,9 +188,20 @@ def _trace(
     with _left_as_found(root):
         try:
             graph = tracer.trace(root, concrete_args)
+            _check_leaves(root, tracer)
         except Exception as error:
             raise TracingError(type(root).__name__, tracer.culprit, error) from error
         return GraphModule(root, graph, type(root).__name__)
+
+
+def _check_leaves(root: nn.Module, tracer: Tracer) -> None:
+    """Raises if the forward computes what a leaf uses: the graph would not."""
+    for name, module in root.named_modules():
+        computed = [key for key, value in vars(module).items() if isinstance(value, torch.fx.Proxy)]
+        if computed and name and tracer.is_leaf_module(module, name):
+            raise RuntimeError(
+                f"the forward assigns {name}.{computed[0]}, which a graph cannot do at every call"
+            )
 
 
 def _leaves_before_batch_norms(traced: GraphModule) -> frozenset[str]:
@@ -201,30 +231,37 @@ def _is_batch_norm(node: Node, traced: GraphModule) -> bool:
 def _left_as_found(root: nn.Module) -> Iterator[None]:
     """Undoes what a forward, run with proxies, changes on the modules, and what tracing stores on the root.
 
-    Containers are put back in place: handles of hooks refer to them.
+    Only what has changed is touched, and in place: handles of hooks refer to the very containers.
     """
     containers: list[Any] = [vars(module) for module in root.modules()]
     attributes = [value for container in containers for value in container.values()]
-    containers += [
-        value for value in attributes if isinstance(value, (MutableMapping, MutableSequence, MutableSet))
-    ]
+    containers += [value for value in attributes if isinstance(value, (dict, list, set, deque))]
     found = [(container, copy.copy(container)) for container in containers]
     tensors = [
-        (value, value.clone()) for value in attributes if isinstance(value, Tensor) and not value.is_meta
+        (value, value._version, value.detach().clone()) for value in attributes if _is_restorable(value)
     ]
     try:
         with torch.random.fork_rng(devices=[]):
             yield
     finally:
         for container, content in found:
-            container.clear()
-            if isinstance(container, MutableMapping):
-                container.update(content)
-            elif isinstance(container, MutableSet):
-                for element in content:
-                    container.add(element)
-            else:
-                container.extend(content)
-        for tensor, value in tensors:
-            if not torch.equal(tensor, value):
-                tensor.copy_(value)
+            if _identities(container) != _identities(content):
+                container.clear()
+                (container.extend if isinstance(container, (list, deque)) else container.update)(content)
+        for tensor, version, value in tensors:
+            if tensor._version != version:
+                tensor.data.copy_(value)
+
+
+def _is_restorable(value: Any) -> bool:
+    return (
+        type(value) is Tensor
+        and value.layout is torch.strided
+        and not (value.is_inference() or value.is_nested)
+    )
+
+
+def _identities(container: Any) -> Any:
+    if isinstance(container, dict):
+        return [(key, id(value)) for key, value in container.items()]
+    return sorted(map(id, container)) if isinstance(container, set) else list(map(id, container))

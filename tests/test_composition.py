@@ -182,10 +182,7 @@ AUTOGRAD_FUNCTIONAL = {
 }
 
 
-@pytest.mark.parametrize(
-    "compute",
-    [name for name in AUTOGRAD_FUNCTIONAL],
-)
+@pytest.mark.parametrize("compute", AUTOGRAD_FUNCTIONAL)
 def test_autograd_functional(compute):
     model = KINDS["conv1d"].model()
     graph_module = fused(model)

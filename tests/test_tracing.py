@@ -1,6 +1,6 @@
 """What is a node: the rules for leaves, what is opened, and what tracing leaves behind."""
 
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, UserDict, defaultdict, deque
 from functools import partial
 
 import pytest
@@ -304,6 +304,28 @@ def test_what_a_forward_stores_on_its_module_is_gone(container):
     symbolic_trace(model)
     assert model.stored is stored
     assert not stored
+
+
+class Config(UserDict):
+    """As OmegaConf's in struct mode: no key may go."""
+
+    def __delitem__(self, key):
+        raise TypeError("struct mode")
+
+
+@pytest.mark.xfail(
+    strict=True, raises=TypeError, reason="every container is emptied and filled again, changed or not"
+)
+@pytest.mark.parametrize("inner", [False, True])
+def test_containers_that_cannot_be_emptied(inner):
+    model = prepared(nn.Sequential(Pair()))
+    holder = model[0] if inner else model
+    holder.config = Config(depth=3)
+    config = holder.config
+    graph_module = fused(model)
+    assert holder.config is config
+    assert config == {"depth": 3}
+    assert_equivalent(model, graph_module, X)
 
 
 def test_features_kept_as_attributes_are_no_proxies_afterwards():
