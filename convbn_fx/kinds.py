@@ -253,7 +253,7 @@ def register_conv(
     Args:
         cls: The class itself; its subclasses are not meant.
         like: A class in the table whose forward `cls` computes, from the same attributes. By default the nearest
-            base class of `cls` in the table.
+            base class of `cls` in the table, if `cls` leaves its forward as it is.
         operands: Instead of `like`: given the module and the arguments of its call, returns the input tensor (padded
             or reshaped as the forward does, batch first) and the [`Convolution`][convbn_fx.operands.Convolution].
 
@@ -293,7 +293,7 @@ def register_batch_norm(
     Args:
         cls: The class itself; its subclasses are not meant.
         like: A class in the table whose forward `cls` computes, from the same attributes. By default the nearest
-            base class of `cls` in the table.
+            base class of `cls` in the table, if `cls` leaves its forward as it is.
         operands: Instead of `like`: given the module, returns its [`BatchNorm`][convbn_fx.operands.BatchNorm].
 
     Raises:

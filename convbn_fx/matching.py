@@ -86,7 +86,7 @@ def _match(node: Node, name: str, graph_module: GraphModule, include_training: b
     _check_channels(convolution, batch_norm)
     position = _position(convolution_node, node, batch_norm)
     for between in _nodes_between(convolution_node, node):
-        if _may_change_tensors(between, graph_module) or _refers_to(between, batch_norm.operands):
+        if _may_change_tensors(between, graph_module):
             raise _Refusal(SkipReason.MODIFIED_IN_BETWEEN, between.name)
     return Match(
         Pair(
@@ -205,15 +205,18 @@ def _position(convolution_node: Node, batch_norm_node: Node, batch_norm: _BatchN
     if others:
         raise _Refusal(SkipReason.CONVOLUTION_OUTPUT_USED_ELSEWHERE, f"by {', '.join(sorted(others))}")
     operands = batch_norm.operands if isinstance(batch_norm.operands, BatchNorm) else ()
-    late = [
-        operand
-        for operand in operands
-        if isinstance(operand, Node) and convolution_node < operand and operand.op != "get_attr"
+    # What the batch norm must not move over: where its operands are computed, and where the module is called itself,
+    # which may be in Train mode by then.
+    obstacles = [
+        node
+        for node in _nodes_between(convolution_node, batch_norm_node)
+        if (node in operands and node.op != "get_attr")
+        or (node.op in ("call_module", "get_attr") and node.target == batch_norm.operands)
     ]
-    if not late:
+    if not obstacles:
         return convolution_node
     if any(reader < batch_norm_node for reader in readers):
-        detail = f"by {min(readers).name}, before {late[0].name} is known"
+        detail = f"by {min(readers).name}, before {obstacles[-1].name}"
         raise _Refusal(SkipReason.CONVOLUTION_OUTPUT_USED_ELSEWHERE, detail)
     return batch_norm_node
 
@@ -271,13 +274,6 @@ _UPDATES_STATISTICS: Final = frozenset(
         "batch_norm_gather_stats_with_counts",
     }
 )
-
-
-def _refers_to(node: Node, batch_norm: Any) -> bool:
-    """Whether the node calls the batch norm module too, which may be in Train mode when the graph runs."""
-    return (
-        isinstance(batch_norm, str) and node.op in ("call_module", "get_attr") and node.target == batch_norm
-    )
 
 
 def _may_change_tensors(node: Node, graph_module: GraphModule) -> bool:

@@ -41,10 +41,9 @@ class TracingError(RuntimeError):
 
 def _context() -> tuple[Any, ...]:
     """What with-statements around an operation change about it."""
-    autocast = [
-        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")
-    ]
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast
+    torch.autocast_increment_nesting()
+    depth_of_autocast = torch.autocast_decrement_nesting()
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), depth_of_autocast
 
 
 class _Proxy(torch.fx.Proxy):

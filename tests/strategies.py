@@ -525,7 +525,7 @@ class Architecture:
         """Predicts what becomes of each batch norm.
 
         Args:
-            keeps_leaves: Whether blocks without a batch norm module stay one node, as with our tracer, unless a batch
+            keeps_leaves: Whether blocks without a batch norm stay one node, as with our tracer, unless a batch
                 norm reads what they return; torch.fx's tracer walks through all blocks.
             include_training: As `transform` takes it.
         """
@@ -552,14 +552,18 @@ class Architecture:
     def _leaves(self) -> frozenset[str]:
         """The blocks that our tracer does not walk through."""
         blocks = dict(_blocks(self.steps))
-        leaves = {name for name, block in blocks.items() if not _holds_module(block, Norm)}
+        leaves = {
+            name
+            for name, block in blocks.items()
+            if not any(isinstance(s, Norm) for s in _nested(block.steps))
+        }
         while True:
             calls = _inlined(self, frozenset(leaves)).calls
             read = {call.sources[0] for call in calls if isinstance(call.step, Norm)}
             opened = {
                 call.name
                 for call in calls
-                if call.name in leaves and call.result in read and _holds_module(call.step, Conv)
+                if call.name in leaves and call.result in read and _holds_convolution_module(call.step)
             }
             if not opened:
                 return frozenset(leaves)
@@ -630,8 +634,8 @@ def _blocks(steps: Iterable[Step], prefix: str = "") -> Iterator[tuple[str, Bloc
             yield from _blocks(step.steps, f"{name}.")
 
 
-def _holds_module(block: Block, kind: type[Conv | Norm]) -> bool:
-    return any(isinstance(step, kind) and not step.is_function for step in _nested(block.steps))
+def _holds_convolution_module(block: Block) -> bool:
+    return any(isinstance(step, Conv) and not step.is_function for step in _nested(block.steps))
 
 
 # --- Strategies --------------------------------------------------------------------------------------------------

@@ -356,12 +356,13 @@ def test_register_conv_by_its_operands(conv, operands):
     assert saved_bytes(graph_module, X) < saved_bytes(model, X)
 
 
-def test_register_batch_norm_by_its_base_class():
+@pytest.mark.parametrize("like", [None, nn.BatchNorm2d])
+def test_register_batch_norm_by_its_base_class(like):
     class Mine(nn.BatchNorm2d):
         def forward(self, input):
             return super().forward(input) if input.sum() < 1e9 else None
 
-    convbn_fx.register_batch_norm(Mine)
+    convbn_fx.register_batch_norm(Mine, like=like)
     model = make(norm=Mine)
     graph_module = fused(model)
     assert convbn_fx.report(graph_module).fused[0].batch_norm_kind == "Mine"
@@ -389,7 +390,7 @@ def test_a_subclass_of_a_registered_class_is_not_meant():
         def forward(self, input):
             return super().forward(input).sin() if input.sum() < 1e9 else None
 
-    convbn_fx.register_conv(Mine)
+    convbn_fx.register_conv(Mine, like=nn.Conv2d)
     model = make(Other)
     graph_module = fused(model, 0)
     assert reasons(graph_module) == {"norm": "UNKNOWN_CONVOLUTION"}

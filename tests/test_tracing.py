@@ -313,9 +313,6 @@ class Config(UserDict):
         raise TypeError("struct mode")
 
 
-@pytest.mark.xfail(
-    strict=True, raises=TypeError, reason="every container is emptied and filled again, changed or not"
-)
 @pytest.mark.parametrize("inner", [False, True])
 def test_containers_that_cannot_be_emptied(inner):
     model = prepared(nn.Sequential(Pair()))
