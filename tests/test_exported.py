@@ -1,5 +1,8 @@
 """Graphs that others capture: torch.export, make_fx, Dynamo."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from models import KINDS, LAYOUTS, NET_PAIRS, Pair, data, fused, fused_nodes, net, prepared, reasons
@@ -7,6 +10,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.passes.split_module import split_module
+from torch.utils.checkpoint import checkpoint
 
 from convbn_fx import report, transform
 from convbn_fx.memory import saved_bytes
@@ -248,3 +253,61 @@ def test_dynamo_control_flow_and_optional_arguments(captured_by_dynamo):
         assert_equivalent(model, compiled, sign * X)
         assert_equivalent(model, compiled, sign * X, data(2, 4, 4, 4, seed=2))
     assert sum(len(fused_nodes(after)) for _, after in graphs) >= 1
+
+
+# --- Graphs inside graphs -----------------------------------------------------------------------------------------
+
+
+def nested_pairs(graph_module):
+    return {
+        name: len(fused_nodes(part))
+        for name, part in graph_module.named_modules()
+        if isinstance(part, torch.fx.GraphModule)
+    }
+
+
+def test_a_checkpoint_in_a_dynamo_graph(captured_by_dynamo):
+    model = prepared(Pair(forward=lambda m, x: checkpoint(m.inner, x, use_reentrant=False)))
+    model.inner = prepared(nn.Sequential(Pair(), Pair(nn.Conv2d(4, 4, 3))))
+    compiled, graphs = captured_by_dynamo(model, fullgraph=True)
+    assert_equivalent(model, compiled, X)
+    ((before, after),) = graphs
+    assert sum(nested_pairs(after).values()) == len(report(after).fused) == 2
+    assert sum(nested_pairs(before).values()) == 0
+    assert report(transform(after)) == report(after)
+
+
+def test_branches_of_an_exported_condition():
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = Pair(), Pair()
+
+        def forward(self, x):
+            return torch.cond(x.sum() > 0, self.one, self.other, (x,))
+
+    model = prepared(Branching())
+    captured = exported(model, X)
+    graph_module = transform(captured)
+    assert nested_pairs(graph_module) | {"": 0} == nested_pairs(graph_module)
+    assert sum(nested_pairs(graph_module).values()) == len(report(graph_module).fused) == 2
+    assert sum(nested_pairs(captured).values()) == 0
+    with torch.no_grad():
+        for x in (X, -X):
+            torch.testing.assert_close(graph_module(x), model(x))
+            torch.testing.assert_close(copy.deepcopy(graph_module)(x), model(x))
+
+
+def test_a_graph_that_was_split():
+    traced = torch.fx.symbolic_trace(net())
+    positions = {node: index // 6 for index, node in enumerate(traced.graph.nodes)}
+    captured = split_module(traced, None, positions.__getitem__)
+    graph_module = transform(captured)
+    assert sum(nested_pairs(graph_module).values()) == len(report(graph_module).fused) == NET_PAIRS
+    assert sum(nested_pairs(captured).values()) == 0
+    assert set(graph_module.state_dict()) == set(captured.state_dict())
+    assert_equivalent(captured, graph_module, X)
+    assert report(pickle.loads(pickle.dumps(graph_module))) == report(graph_module)
+    twice = transform(graph_module)
+    assert report(twice) == report(graph_module)
+    assert nested_pairs(twice) == nested_pairs(graph_module)
