@@ -309,8 +309,7 @@ class Affine(nn.Module):
 
 def test_register_conv_by_its_base_class():
     class Mine(nn.Conv2d):
-        def forward(self, input):
-            return super().forward(input) if input.sum() < 1e9 else None
+        """Adds nothing that a forward would notice."""
 
     convbn_fx.register_conv(Mine)
     model = make(Mine)
@@ -356,13 +355,12 @@ def test_register_conv_by_its_operands(conv, operands):
     assert saved_bytes(graph_module, X) < saved_bytes(model, X)
 
 
-@pytest.mark.parametrize("like", [None, nn.BatchNorm2d])
-def test_register_batch_norm_by_its_base_class(like):
+def test_register_batch_norm_like_its_base_class():
     class Mine(nn.BatchNorm2d):
         def forward(self, input):
             return super().forward(input) if input.sum() < 1e9 else None
 
-    convbn_fx.register_batch_norm(Mine, like=like)
+    convbn_fx.register_batch_norm(Mine, like=nn.BatchNorm2d)
     model = make(norm=Mine)
     graph_module = fused(model)
     assert convbn_fx.report(graph_module).fused[0].batch_norm_kind == "Mine"
@@ -403,6 +401,19 @@ def test_a_registered_class_that_is_patched_later():
     graph_module = fused(model)
     model.conv.forward = lambda input: nn.Conv2d.forward(model.conv, input).sin()
     assert_equivalent(model, graph_module, X)
+
+
+@pytest.mark.parametrize(
+    ("register", "cls", "name"),
+    [
+        (convbn_fx.register_conv, TwiceConv, "forward"),
+        (convbn_fx.register_conv, OtherConvForward, "_conv_forward"),
+        (convbn_fx.register_batch_norm, ReluNorm, "forward"),
+    ],
+)
+def test_a_class_with_a_forward_of_its_own_is_not_taken_for_its_base_class(register, cls, name):
+    with pytest.raises(TypeError, match=rf"{cls.__name__} has its own {name}. .*operands=.*like="):
+        register(cls)
 
 
 @pytest.mark.parametrize("register", [convbn_fx.register_conv, convbn_fx.register_batch_norm])
