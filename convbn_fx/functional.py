@@ -182,6 +182,7 @@ def _are_ordinary(input: Tensor, conv: Convolution, norm: BatchNorm, dtype: torc
         and all(vector.dtype == statistics_dtype and vector.shape == channels for vector in vectors)
         and (conv.bias is None or conv.bias.shape == channels)
         and (statistics_dtype == dtype or (is_half(dtype) and statistics_dtype == torch.float32))
+        and not (norm.running_mean.requires_grad or norm.running_var.requires_grad)
         and input.numel() > 0
     )
 

@@ -12,7 +12,7 @@ output is the larger of the two it goes to the weight. Where the weight is, it s
 float16 and bfloat16, because there a scaled weight would overflow, or be rounded, where Eval mode's output is neither.
 """
 
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -179,19 +179,9 @@ def _sides(scale: Tensor, scale_on_output: bool, divides: bool) -> tuple[Tensor 
 
 def _gradient_of_gamma(conv: Convolution, norm: BatchNorm, input: Tensor, grad_output: Tensor) -> Tensor:
     """Eval mode's gradient of gamma, from the convolution's output computed again."""
-    _, grad_gamma, _ = torch.ops.aten.native_batch_norm_backward(
-        grad_output,
-        convolution(conv, input),
-        norm.weight,
-        norm.running_mean,
-        norm.running_var,
-        None,
-        None,
-        False,
-        norm.eps,
-        [False, True, False],
-    )
-    return cast(Tensor, grad_gamma)
+    output = _at_least_float32(convolution(conv, input))
+    mean = norm.running_mean.detach().to(output.dtype).view(-1, *[1] * (output.ndim - 2))
+    return _sum_over_positions(grad_output * (output - mean)) * inverse_deviation(norm.running_var, norm.eps)
 
 
 def _overflowed(gradient: Any) -> bool:

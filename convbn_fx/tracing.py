@@ -8,7 +8,7 @@ opened afterwards, if it holds a convolution and can be traced: that is where a 
 
 import copy
 import operator
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -95,6 +95,12 @@ class Tracer(torch.fx.Tracer):
         if module_qualified_name in self.opened:
             return False
         return not kinds.may_hold_batch_norm(m)
+
+    def create_arg(self, a: Any) -> Any:
+        """Makes a value an argument of a node. An OrderedDict stays one, where torch.fx would write a dict."""
+        if type(a) is OrderedDict:
+            return super().create_node("call_function", OrderedDict, (self.create_arg(list(a.items())),), {})
+        return super().create_arg(a)
 
     def create_node(self, *args: Any, **kwargs: Any) -> Node:
         """Records a node, unless it would run in another context than the forward runs it in."""
@@ -184,10 +190,15 @@ def _trace(
     root: nn.Module, concrete_args: dict[str, Any] | None, opened: frozenset[str], closed: frozenset[str]
 ) -> GraphModule:
     tracer = Tracer(opened, closed)
+    random_state = torch.get_rng_state()
     with _left_as_found(root):
         try:
             graph = tracer.trace(root, concrete_args)
             _check_leaves(root, tracer)
+            if not torch.equal(torch.get_rng_state(), random_state):
+                raise RuntimeError(
+                    "the forward draws random numbers that depend on no input: they would be constants"
+                )
         except Exception as error:
             raise TracingError(type(root).__name__, tracer.culprit, error) from error
         return GraphModule(root, graph, type(root).__name__)

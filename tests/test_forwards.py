@@ -96,9 +96,6 @@ def test_nested_inputs_and_outputs(returned):
     assert_equivalent(model, fused(model), {"images": [X, data(2, 4, 3, 3, seed=1)], "labels": [1]})
 
 
-@pytest.mark.xfail(
-    strict=True, reason="torch.fx writes a dict literal: torchvision's segmentation models return dict"
-)
 def test_an_ordered_dict_stays_one():
     model = prepared(Nested(lambda y, batch: OrderedDict([("out", y), ("aux", y.mean())])))
     assert_equivalent(model, fused(model), {"images": [X, X[:, :1, :3, :3]]})
@@ -200,11 +197,7 @@ def with_a_random_number(m, x):
         (in_inference_mode, False),
         (in_bfloat16, False),
         (in_float32, True),
-        pytest.param(
-            with_a_random_number,
-            False,
-            marks=pytest.mark.xfail(strict=True, reason="it becomes a constant, without a word"),
-        ),
+        (with_a_random_number, False),
     ],
 )
 def test_what_a_graph_cannot_hold_is_kept_or_refused(forward, autocast):

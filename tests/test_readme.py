@@ -24,3 +24,9 @@ def test_the_commands_are_targets() -> None:
     assert {"demo", "test", "help"} <= set(commands)
     for command in commands:
         assert re.search(rf"^{command}\b.*:", makefile, flags=re.MULTILINE), command
+
+
+def test_the_report_shown_is_the_report(capsys):
+    exec(compile(BLOCKS[0], "README.md, block 0", "exec"), {"__name__": "readme"})
+    shown = re.search(r"```text\n(.*?)\.\.\.\n```", README, flags=re.DOTALL).group(1)
+    assert capsys.readouterr().out.startswith(shown)

@@ -145,9 +145,6 @@ def test_a_norm_without_running_statistics(affine):
     assert_equivalent(model, graph_module, data(2, 3, 5, 5))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="Eval mode raises: it has no such gradient; Tune mode takes them as constants"
-)
 @pytest.mark.parametrize("name", ["running_mean", "running_var"])
 def test_statistics_that_want_a_gradient_raise_as_before(name):
     model = prepared(Pair())
