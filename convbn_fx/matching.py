@@ -252,8 +252,9 @@ _KNOWN_MODULES: Final = frozenset(
         "torch._C._nn",
         "torch._C._special",
         "torch._C._linalg",
+        "math",
+        "_operator",
     }
-    | {"math", "_operator"}
 )
 _PURE_BUILTINS: Final = frozenset(
     {getattr, len, min, max, sum, abs, round, int, float, bool, tuple, list, slice}
@@ -307,7 +308,7 @@ def _may_change_tensors(node: Node, graph_module: GraphModule) -> bool:
 def _is_number(value: Any) -> bool:
     """Whether the value is computed from shapes and constants alone, by operators: then it is no tensor."""
     if not isinstance(value, Node):
-        return isinstance(value, (int, float, str, tuple, list, slice, type(None)))
+        return isinstance(value, (int, float, str, type(None)))  # a tuple may hold a tensor
     if _reads_metadata(value):
         return True
     of_operator = getattr(value.target, "__module__", None) in ("_operator", "math")
