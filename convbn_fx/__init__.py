@@ -5,7 +5,7 @@ A `torch.fx` pass for models whose batch norms are in Eval mode (frozen statisti
 """
 
 from convbn_fx import functional, kinds, memory, operands, testing
-from convbn_fx.api import report, transform
+from convbn_fx.api import report, transform, tune
 from convbn_fx.kinds import register_batch_norm, register_conv
 from convbn_fx.records import Pair, Report, Skip, SkipReason
 from convbn_fx.tracing import TracingError, symbolic_trace
@@ -26,5 +26,6 @@ __all__ = [
     "symbolic_trace",
     "testing",
     "transform",
+    "tune",
 ]
 __version__ = "0.1.0"

@@ -1,13 +1,18 @@
 """The pipeline, phase by phase: what users call."""
 
+from collections.abc import Iterable
 from typing import Final
 
 import torch
 from torch import nn
 
+from convbn_fx.cloning import Model, clone
+from convbn_fx.deferral import REPORT
+from convbn_fx.discovery import discover
 from convbn_fx.graph_module import GraphModule
+from convbn_fx.linking import file_report, keep_in_eval_mode, link
 from convbn_fx.matching import find_pairs
-from convbn_fx.records import Report
+from convbn_fx.records import Report, Skip, SkipReason
 from convbn_fx.rewriting import copied, rewrite
 
 _META_KEY: Final = "convbn_fx"
@@ -53,15 +58,20 @@ def transform(graph_module: torch.fx.GraphModule, *, include_training: bool = Fa
     result = copied(graph_module)
     for name, part in _called_graph_modules(result):
         setattr(result, name, transform(part, include_training=include_training))
+    _fuse(result, include_training)
+    return result
+
+
+def _fuse(graph_module: GraphModule, include_training: bool) -> None:
+    """Rewrites the pairs of one graph in place and files the report."""
     fused = list(graph_module.meta.get(_META_KEY, Report()).fused)
     while True:  # the second time round for the skips: they speak of the graph as it is in the end
-        matches, skips = find_pairs(result, include_training)
+        matches, skips = find_pairs(graph_module, include_training)
         if not matches:
             break
-        rewrite(result, matches)
+        rewrite(graph_module, matches)
         fused += [match.pair for match in matches]
-    result.meta[_META_KEY] = Report(fused, skips)
-    return result
+    graph_module.meta[_META_KEY] = Report(fused, skips)
 
 
 def _called_graph_modules(graph_module: GraphModule) -> list[tuple[str, torch.fx.GraphModule]]:
@@ -72,6 +82,81 @@ def _called_graph_modules(graph_module: GraphModule) -> list[tuple[str, torch.fx
         for name, part in graph_module.named_children()
         if name in targets and isinstance(part, torch.fx.GraphModule)
     ]
+
+
+def tune(
+    model: Model,
+    modules: Iterable[str] | None = None,
+    *,
+    norm_eval: bool = False,
+    include_training: bool = False,
+) -> Model:
+    """The same model, with every convolution and Eval-mode batch norm of it run as one convolution (Tune mode).
+
+    Outputs and all gradients stay the same (arXiv 2305.11624, section 3); the feature map between convolution and
+    batch norm is no longer saved for the backward pass. Every forward runs as it is written, whatever it does, so the
+    model need not be traceable: a convolution waits for the batch norm after it, and where something else takes its
+    output, it runs as before. Batch norms switched to Train mode run as before too, for as long as they are.
+
+    Args:
+        model: Any model. It is left untouched.
+        modules: Names of the sub-modules to tune, such as `["backbone"]`; all by default.
+        norm_eval: Put the batch norms of the result in Eval mode, and keep them there when `train()` is called on it
+            (what detectors call `norm_eval`). [`batchnorm_mode`][convbn_fx.batchnorm_mode] can still switch them.
+        include_training: Take pairs whose batch norm is in Train mode now as well; they fuse as soon as it is
+            switched to Eval mode.
+
+    Returns:
+        A model of the same class, with copies of the modules that share all parameters and buffers with those of
+        `model`, and the same `state_dict`. [`report`][convbn_fx.report] tells what is fused in it.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: One of `modules` names no sub-module.
+
+    Example:
+        ```python
+        model = convbn_fx.tune(timm.create_model("resnet50", pretrained=True).eval())
+        print(convbn_fx.report(model))
+        ```
+    """
+    names = _selected(model, modules)
+    tuned = clone(model)
+    if norm_eval:
+        keep_in_eval_mode(part for name in names for part in tuned.get_submodule(name).modules())
+    for module in tuned.modules():
+        if isinstance(module, GraphModule):
+            _fuse(module, include_training)
+    pairs, skips = discover(tuned, include_training)
+    chosen = [pair for pair in pairs if _is_inside(pair.owner, names)]
+    for pair in chosen:
+        link(tuned, pair)
+    skips += [
+        Skip(pair.record.batch_norm, SkipReason.NOT_SELECTED)
+        for pair in pairs
+        if not _is_inside(pair.owner, names)
+    ]
+    file_report(tuned, chosen, skips)
+    return tuned
+
+
+def _selected(model: nn.Module, modules: Iterable[str] | None) -> tuple[str, ...]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"tune: expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(modules, str):
+        raise TypeError(f"tune: modules is a list of names, not one name: modules=[{modules!r}]")
+    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    names = ("",) if modules is None else tuple(modules)
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(
+            f"tune: {type(model).__name__} has no sub-module {', '.join(map(repr, unknown))}. "
+            f"Its own are: {', '.join(name for name, _ in model.named_children())}"
+        )
+    return names
+
+
+def _is_inside(name: str, selected: Iterable[str]) -> bool:
+    return any(not prefix or f"{name}.".startswith(f"{prefix}.") for prefix in selected)
 
 
 def report(model: nn.Module) -> Report:
@@ -91,9 +176,10 @@ def report(model: nn.Module) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"report: expected a torch.nn.Module, got {type(model).__name__}")
     reports = [
-        module.meta[_META_KEY].prefixed(name)
+        part.prefixed(name)
         for name, module in model.named_modules()
-        if isinstance(module, torch.fx.GraphModule) and _META_KEY in module.meta
+        for part in (vars(module).get(REPORT), getattr(module, "meta", {}).get(_META_KEY))
+        if part is not None
     ]
     if not reports:
         raise ValueError(

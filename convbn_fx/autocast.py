@@ -44,3 +44,15 @@ _CAST_CONVOLUTION: Final = frozenset(
 
 def _is_enabled(device_type: str) -> bool:
     return device_type in _DEVICE_TYPES and torch.is_autocast_enabled(device_type)
+
+
+def autocast_state(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast casts to on this device; None where it is off."""
+    return torch.get_autocast_dtype(device_type) if _is_enabled(device_type) else None
+
+
+def in_autocast_state(device_type: str, state: torch.dtype | None) -> AbstractContextManager[Any]:
+    """A context in which `autocast_state` is `state`."""
+    if state == autocast_state(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, dtype=state, enabled=state is not None)

@@ -52,17 +52,30 @@ def conv_batch_norm(
     proxies = [value for value in (*args, *kwargs.values()) if _is_proxy(value)]
     if proxies:  # somebody traces a rewritten graph again (unpickling does): stay one node
         return handle_torch_function(conv_batch_norm, proxies, conv, norm, *args, **kwargs)
+    fused = normalised_convolution(conv, norm, *args, **kwargs)
+    return batch_norm(norm, convolution(conv, *args, **kwargs)) if fused is None else fused
+
+
+def normalised_convolution(
+    conv: nn.Module | Convolution, norm: nn.Module | BatchNorm, /, *args: Any, **kwargs: Any
+) -> Tensor | None:
+    """As `conv_batch_norm`, but None where it would call the two one after the other; neither is called then."""
     read_convolution = _convolution_reader(conv)
     norm_kind = _frozen_kind(norm)
     if read_convolution is None or norm_kind is None or _has_any_global_hook() or _is_jit_tracing():
-        return batch_norm(norm, convolution(conv, *args, **kwargs))
+        return None
     input, conv = read_convolution(*args, **kwargs)
     rank = conv.weight.ndim
     if not isinstance(input, Tensor) or input.ndim != rank or not norm_kind.accepts(rank):
         # Dimension 1, which the batch norm reads, does not hold the output channels: an unbatched convolution, a
         # linear layer's input of more dimensions. (Or the batch norm is about to raise.)
-        return batch_norm(norm, convolution(conv, input))
-    return _in_best_form(input, conv, norm if isinstance(norm, BatchNorm) else norm_kind.operands(norm))
+        return None
+    operands = norm if isinstance(norm, BatchNorm) else norm_kind.operands(norm)
+    dtype = computing_dtype(input, conv)
+    if dtype is None or not _are_ordinary(input, conv, operands, dtype, norm_kind.promotes):
+        return None
+    normalised = _in_best_form(input, conv, operands, dtype)
+    return normalised if norm_kind.epilogue is None else norm_kind.epilogue(norm, normalised)
 
 
 def _is_jit_tracing() -> bool:
@@ -91,10 +104,7 @@ def _frozen_kind(norm: nn.Module | BatchNorm) -> BatchNormKind | None:
     """The batch norm's row of the table, or None unless calling it normalises by running statistics and no more."""
     if isinstance(norm, BatchNorm):
         return _FUNCTIONAL_BATCH_NORM
-    if norm.training or kinds.has_hooks(norm):
-        return None
-    kind = kinds.batch_norm_kind(norm)
-    return kind if kind is not None and kind.has_statistics(norm) else None
+    return kinds.batch_norm_kind(norm) if kinds.is_frozen(norm) and not kinds.has_hooks(norm) else None
 
 
 # --- Which form? -------------------------------------------------------------------------------------------------
@@ -105,11 +115,8 @@ def _frozen_kind(norm: nn.Module | BatchNorm) -> BatchNormKind | None:
 _WEIGHT_PER_SAVED_OUTPUT: Final = 16
 
 
-def _in_best_form(input: Tensor, conv: Convolution, norm: BatchNorm) -> Tensor:
+def _in_best_form(input: Tensor, conv: Convolution, norm: BatchNorm, dtype: torch.dtype) -> Tensor:
     """Fused in the form that suits the call, or in Eval mode's two steps where those are better."""
-    dtype = computing_dtype(input, conv)
-    if dtype is None or not _are_ordinary(input, conv, norm, dtype):
-        return batch_norm(norm, convolution(conv, input))
     if _is_compiled(input):  # compilers recompute what is cheap, whatever the sizes
         return _formula(input, conv, norm, two_steps=is_half(dtype))
     weight_size, output_size = conv.weight.numel(), _output_size(input, conv)
@@ -171,7 +178,9 @@ def _eval_mode_saves_the_output_alone(input: Tensor, conv: Convolution, norm: Ba
     )
 
 
-def _are_ordinary(input: Tensor, conv: Convolution, norm: BatchNorm, dtype: torch.dtype) -> bool:
+def _are_ordinary(
+    input: Tensor, conv: Convolution, norm: BatchNorm, dtype: torch.dtype, promotes: bool
+) -> bool:
     """Whether types, dtypes and shapes are such that Eval mode works and the fused form is known to equal it."""
     vectors = [vector for vector in norm[:4] if vector is not None]
     tensors = [tensor for tensor in (input, conv.weight, conv.bias, *vectors) if tensor is not None]
@@ -182,6 +191,7 @@ def _are_ordinary(input: Tensor, conv: Convolution, norm: BatchNorm, dtype: torc
         and all(vector.dtype == statistics_dtype and vector.shape == channels for vector in vectors)
         and (conv.bias is None or conv.bias.shape == channels)
         and (statistics_dtype == dtype or (is_half(dtype) and statistics_dtype == torch.float32))
+        and not (promotes and is_half(dtype))
         and not (norm.running_mean.requires_grad or norm.running_var.requires_grad)
         and input.numel() > 0
     )

@@ -3,11 +3,12 @@
 A *kind* knows how to read one call, of a module or of a function, into the normal form of
 [`operands`][convbn_fx.operands], so that nothing behind this file needs to know which spelling a model used.
 
-A class is in the table by identity, never by `isinstance`: what a subclass's own forward does is unknown.
+A class is in the table by identity. A subclass is known as long as it overrides nothing that the forward consists of.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import FunctionType
 from typing import Any, Final, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
+from convbn_fx import libraries
 from convbn_fx.operands import (
     BatchNorm,
     Convolution,
@@ -65,6 +67,11 @@ class BatchNormKind:
         output_index: Which element of a tuple the normalised tensor is; None where it is the only result.
         methods: For a class, the methods its forward consists of, as they were when it was registered.
         statistics: For a class, the attributes that are None where it normalises by the batch's own statistics.
+        always_frozen: For a class, whether it normalises by running statistics in Train mode too.
+        promotes: Whether its result is of the type that the input's and the statistics' promote to, where
+            `F.batch_norm` gives the input's.
+        epilogue: For a class, what its forward does after normalising (an activation, say), given the module and the
+            normalised tensor.
     """
 
     name: str
@@ -73,6 +80,9 @@ class BatchNormKind:
     output_index: int | None = None
     methods: tuple[tuple[str, object], ...] = ()
     statistics: tuple[str, ...] = ("running_mean", "running_var")
+    always_frozen: bool = False
+    promotes: bool = False
+    epilogue: Callable[[Any, Tensor], Tensor] | None = None
 
     def has_statistics(self, module: nn.Module) -> bool:
         """Whether the module has running statistics to normalise by in Eval mode."""
@@ -83,7 +93,11 @@ class BatchNormKind:
         return rank >= 2 if self.accepted_ranks is None else rank in self.accepted_ranks
 
 
+Row = TypeVar("Row", ConvolutionKind, BatchNormKind)
+
 # --- The table ---------------------------------------------------------------------------------------------------
+
+# A class that is looked up and not found is put in with None.
 
 # Whatever a forward of torch.nn's convolutions and batch norms calls on itself: overridden on a class or patched on an
 # instance, the forward is no longer the one that this table describes.
@@ -103,10 +117,11 @@ def _methods(cls: type[nn.Module]) -> tuple[tuple[str, object], ...]:
 
 def _is_as_shipped(cls: type[nn.Module]) -> bool:
     """Whether nobody had replaced a method of a torch.nn class before this file was imported."""
-    return all(method.__module__.startswith("torch.nn.modules.") for _, method in _methods(cls))
+    functions = [method for _, method in _methods(cls) if isinstance(method, FunctionType)]
+    return all(function.__module__.startswith("torch.nn.modules.") for function in functions)
 
 
-_CONVOLUTION_CLASSES: dict[type[nn.Module], ConvolutionKind] = {
+_CONVOLUTION_CLASSES: dict[type[nn.Module], ConvolutionKind | None] = {
     cls: ConvolutionKind(cls.__name__, operands, batched_rank, _methods(cls))
     for cls, operands, batched_rank in (
         (nn.Conv1d, conv_module("conv1d"), 3),
@@ -120,7 +135,7 @@ _CONVOLUTION_CLASSES: dict[type[nn.Module], ConvolutionKind] = {
     if _is_as_shipped(cls)
 }
 
-_BATCH_NORM_CLASSES: dict[type[nn.Module], BatchNormKind] = {
+_BATCH_NORM_CLASSES: dict[type[nn.Module], BatchNormKind | None] = {
     cls: BatchNormKind(cls.__name__, batch_norm_module, accepted_ranks, methods=_methods(cls))
     for cls, accepted_ranks in (
         (nn.BatchNorm1d, (2, 3)),
@@ -187,35 +202,85 @@ BATCH_NORM_FUNCTIONS: Final[dict[object, BatchNormKind]] = {
 # --- Look-ups ----------------------------------------------------------------------------------------------------
 
 
+#: Attribute of the classes that `tune` generates: the class that one was generated from.
+TUNED_FROM: Final = "_convbn_fx_tuned_from"
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The class whose forward a module has: that before parametrisation, and before `tune`."""
+    cls: type[nn.Module] = parametrize.type_before_parametrizations(module)
+    return vars(cls).get(TUNED_FROM, cls)
+
+
 def convolution_kind(module: nn.Module) -> ConvolutionKind | None:
     """The row of a convolution module, or None if its forward is not one that the table knows.
 
-    Parametrised modules count as what they were before; lazy ones as what they become, once initialised. Neither a
-    subclass nor an instance or class whose methods were replaced is known.
+    Parametrised modules count as what they were before; lazy ones as what they become, once initialised. A subclass
+    of a class in the table is known as long as it overrides nothing that the forward consists of. An instance or a
+    class whose methods were replaced is not.
     """
-    kind = _CONVOLUTION_CLASSES.get(parametrize.type_before_parametrizations(module))
-    return kind if kind is not None and _is_untouched(module, kind.methods) else None
+    return _row_of(module, _CONVOLUTION_CLASSES)
 
 
 def batch_norm_kind(module: nn.Module) -> BatchNormKind | None:
     """The row of a batch-norm module, or None if its forward is not one that the table knows."""
-    kind = _BATCH_NORM_CLASSES.get(parametrize.type_before_parametrizations(module))
-    return kind if kind is not None and _is_untouched(module, kind.methods) else None
+    return _row_of(module, _BATCH_NORM_CLASSES)
 
 
-def _is_untouched(module: nn.Module, methods: tuple[tuple[str, object], ...]) -> bool:
-    cls, attributes = type(module), vars(module)
-    return all(name not in attributes and getattr(cls, name) is method for name, method in methods)
+def _row_of(module: nn.Module, table: dict[type[nn.Module], Row | None]) -> Row | None:
+    cls = class_of(module)
+    if cls not in table:
+        table[cls] = _row_by_name(cls, table) or _inherited_row(cls, table)
+    row = table[cls]
+    if row is None:
+        return None
+    attributes = vars(module)
+    untouched = all(name not in attributes and getattr(cls, name) is method for name, method in row.methods)
+    return row if untouched else None
+
+
+def _row_by_name(cls: type[nn.Module], table: dict[type[nn.Module], Row | None]) -> Row | None:
+    """The row of a class of another library."""
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    row: Any = None
+    if table is _CONVOLUTION_CLASSES and name in libraries.CONVOLUTIONS:
+        row = ConvolutionKind(cls.__name__, libraries.CONVOLUTIONS[name], 4)
+    if table is _BATCH_NORM_CLASSES and name in libraries.BATCH_NORMS:
+        row = BatchNormKind(cls.__name__, batch_norm_module, (4,))
+        row = replace(row, **libraries.BATCH_NORMS[name])
+    return row and replace(row, methods=_methods(cls))
+
+
+def _inherited_row(cls: type[nn.Module], table: dict[type[nn.Module], Row | None]) -> Row | None:
+    """The row of the nearest base class in the table, if nothing that its forward consists of is overridden."""
+    for base in cls.__mro__[1:]:
+        row = table.get(base)
+        if row is not None:
+            same = all(getattr(cls, name) is method for name, method in row.methods)
+            return replace(row, name=cls.__name__) if same else None
+    return None
+
+
+def is_frozen(norm: nn.Module) -> bool:
+    """Whether calling the batch norm now normalises by running statistics and leaves them as they are."""
+    kind = batch_norm_kind(norm)
+    return kind is not None and (kind.always_frozen or not norm.training) and kind.has_statistics(norm)
 
 
 def resembles_convolution(module: nn.Module) -> bool:
     """Whether a user would call the module a convolution (or linear layer), its forward known or not."""
-    return isinstance(module, (_ConvNd, nn.Linear)) or type(module) in _CONVOLUTION_CLASSES
+    return isinstance(module, (_ConvNd, nn.Linear)) or _is_listed(module, _CONVOLUTION_CLASSES)
 
 
 def resembles_batch_norm(module: nn.Module) -> bool:
     """Whether a user would call the module a batch norm, its forward known or not."""
-    return isinstance(module, _BatchNorm) or type(module) in _BATCH_NORM_CLASSES
+    return isinstance(module, _BatchNorm) or _is_listed(module, _BATCH_NORM_CLASSES)
+
+
+def _is_listed(module: nn.Module, table: dict[type[nn.Module], Row | None]) -> bool:
+    """Whether the class has a row, its methods replaced or not."""
+    _row_of(module, table)
+    return table[class_of(module)] is not None
 
 
 def may_hold_batch_norm(module: nn.Module) -> bool:
@@ -276,7 +341,7 @@ def register_conv(
         row = ConvolutionKind(cls.__name__, operands)
     else:
         row = _row_like(cls, like, _CONVOLUTION_CLASSES, "register_conv")
-    _CONVOLUTION_CLASSES[cls] = replace(row, name=cls.__name__, methods=_methods(cls))
+    _enter(cls, row, _CONVOLUTION_CLASSES)
 
 
 def register_batch_norm(
@@ -310,10 +375,13 @@ def register_batch_norm(
         row = BatchNormKind(cls.__name__, operands, statistics=())
     else:
         row = _row_like(cls, like, _BATCH_NORM_CLASSES, "register_batch_norm")
-    _BATCH_NORM_CLASSES[cls] = replace(row, name=cls.__name__, methods=_methods(cls))
+    _enter(cls, row, _BATCH_NORM_CLASSES)
 
 
-Row = TypeVar("Row", ConvolutionKind, BatchNormKind)
+def _enter(cls: type[nn.Module], row: Row, table: dict[type[nn.Module], Row | None]) -> None:
+    for unknown in [other for other, its_row in table.items() if its_row is None]:
+        del table[unknown]  # it may inherit this row
+    table[cls] = replace(row, name=cls.__name__, methods=_methods(cls))
 
 
 def _is_module_class(cls: object) -> bool:
@@ -321,15 +389,18 @@ def _is_module_class(cls: object) -> bool:
 
 
 def _row_like(
-    cls: type[nn.Module], like: type[nn.Module] | None, table: dict[type[nn.Module], Row], function: str
+    cls: type[nn.Module],
+    like: type[nn.Module] | None,
+    table: dict[type[nn.Module], Row | None],
+    function: str,
 ) -> Row:
     if not _is_module_class(cls):
         raise TypeError(f"{function}: expected a subclass of torch.nn.Module, got {cls!r}")
     candidates = cls.__mro__ if like is None else (like,)
     for candidate in candidates:
-        if candidate not in table:
+        row = table.get(candidate)
+        if row is None:
             continue
-        row = table[candidate]
         overridden = [name for name, method in row.methods if getattr(cls, name, None) is not method]
         if like is None and overridden:
             raise TypeError(
@@ -337,7 +408,7 @@ def _row_like(
                 f"computes, or like={candidate.__name__} if it computes the same"
             )
         return row
-    known = ", ".join(known_cls.__name__ for known_cls in table)
+    known = ", ".join(known_cls.__name__ for known_cls, row in table.items() if row is not None)
     raise TypeError(
         f"{function}: cannot tell what {cls.__qualname__} computes. Pass operands=..., or like= one of: {known}"
     )

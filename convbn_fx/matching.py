@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import torch
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from convbn_fx import functional, kinds
@@ -39,17 +39,34 @@ def find_pairs(graph_module: GraphModule, include_training: bool = False) -> tup
     Returns:
         The pairs in graph order, and a `Skip` for every other batch norm that the model holds.
     """
+    matches, skips = find_pairs_in(graph_module.graph, graph_module, include_training)
+    return matches, skips + _out_of_sight(graph_module)
+
+
+def find_pairs_in(
+    graph: Graph, root: nn.Module, include_training: bool = False
+) -> tuple[list[Match], list[Skip]]:
+    """As `find_pairs`, of a graph alone.
+
+    Args:
+        graph: The graph to read.
+        root: What the targets of its nodes are qualified names in.
+        include_training: As there.
+
+    Returns:
+        The pairs in graph order, and a `Skip` for every other batch norm that the graph calls.
+    """
     matches: list[Match] = []
     skips: list[Skip] = []
-    for node in graph_module.graph.nodes:
-        name = _batch_norm_name(node, graph_module)
+    for node in graph.nodes:
+        name = _batch_norm_name(node, root)
         if name is None:
             continue
         try:
-            matches.append(_match(node, name, graph_module, include_training))
+            matches.append(_match(node, name, root, include_training))
         except _Refusal as refusal:
             skips.append(Skip(name, refusal.reason, refusal.detail))
-    return matches, skips + _out_of_sight(graph_module)
+    return matches, skips
 
 
 # --- The batch norm ----------------------------------------------------------------------------------------------
@@ -65,28 +82,28 @@ class _BatchNormCall:
     mode_is_constant: bool
 
 
-def _batch_norm_name(node: Node, graph_module: GraphModule) -> str | None:
-    if node.op == "call_module" and kinds.resembles_batch_norm(_module_of(node, graph_module)):
+def _batch_norm_name(node: Node, root: nn.Module) -> str | None:
+    if node.op == "call_module" and kinds.resembles_batch_norm(_module_of(node, root)):
         return str(node.target)
     if node.op == "call_function" and node.target in kinds.BATCH_NORM_FUNCTIONS:
         return node.name
     return None
 
 
-def _match(node: Node, name: str, graph_module: GraphModule, include_training: bool) -> Match:
+def _match(node: Node, name: str, root: nn.Module, include_training: bool) -> Match:
     batch_norm = (
-        _batch_norm_module_call(node, _module_of(node, graph_module), include_training)
+        _batch_norm_module_call(node, _module_of(node, root), include_training)
         if node.op == "call_module"
         else _batch_norm_function_call(node)
     )
     convolution_node = batch_norm.input
     if not isinstance(convolution_node, Node):
         raise _Refusal(SkipReason.NOT_AFTER_CONVOLUTION)
-    convolution = _convolution_call(convolution_node, graph_module)
+    convolution = _convolution_call(convolution_node, root)
     _check_channels(convolution, batch_norm)
     position = _position(convolution_node, node, batch_norm)
     for between in _nodes_between(convolution_node, node):
-        if _may_change_tensors(between, graph_module):
+        if _may_change_tensors(between, root):
             raise _Refusal(SkipReason.MODIFIED_IN_BETWEEN, between.name)
     return Match(
         Pair(
@@ -95,7 +112,7 @@ def _match(node: Node, name: str, graph_module: GraphModule, include_training: b
             convolution.kind.name,
             batch_norm.kind.name,
             batch_norm.mode_is_constant,
-            _note(convolution_node, node, graph_module),
+            _note(convolution_node, node, root),
         ),
         convolution_node,
         node,
@@ -111,9 +128,9 @@ def _match(node: Node, name: str, graph_module: GraphModule, include_training: b
 def _batch_norm_module_call(node: Node, module: nn.Module, include_training: bool) -> _BatchNormCall:
     if isinstance(module, LazyModuleMixin):
         raise _Refusal(SkipReason.UNINITIALIZED, type(module).__name__)
-    if module.training and not include_training:
-        raise _Refusal(SkipReason.TRAINING_MODE)
     kind = kinds.batch_norm_kind(module)
+    if module.training and not include_training and not (kind is not None and kind.always_frozen):
+        raise _Refusal(SkipReason.TRAINING_MODE)
     if kind is None:
         raise _Refusal(SkipReason.UNKNOWN_BATCH_NORM, type(module).__name__)
     if not kind.has_statistics(module):
@@ -121,7 +138,7 @@ def _batch_norm_module_call(node: Node, module: nn.Module, include_training: boo
     match node.args, node.kwargs:
         case ((input,), {**rest}) if not rest:
             return _BatchNormCall(kind, input, node.target, False)
-        case ((), {"input": input, **rest}) if not rest:
+        case ((), {"input": input, **rest}) | ((), {"x": input, **rest}) if not rest:
             return _BatchNormCall(kind, input, node.target, False)
     raise _Refusal(SkipReason.UNUSUAL_CALL, node.format_node() or node.name)
 
@@ -164,14 +181,14 @@ class _ConvolutionCall:
     kwargs: dict[str, Any]
 
 
-def _convolution_call(node: Node, graph_module: GraphModule) -> _ConvolutionCall:
+def _convolution_call(node: Node, root: nn.Module) -> _ConvolutionCall:
     if node.op == "call_module":
-        module = _module_of(node, graph_module)
+        module = _module_of(node, root)
+        if isinstance(module, LazyModuleMixin) and kinds.resembles_convolution(module):
+            raise _Refusal(SkipReason.UNINITIALIZED, type(module).__name__)
         kind = kinds.convolution_kind(module)
         if kind is not None:
             return _ConvolutionCall(str(node.target), kind, str(node.target), node.args, dict(node.kwargs))
-        if isinstance(module, LazyModuleMixin) and kinds.resembles_convolution(module):
-            raise _Refusal(SkipReason.UNINITIALIZED, type(module).__name__)
         if kinds.resembles_convolution(module):
             raise _Refusal(SkipReason.UNKNOWN_CONVOLUTION, type(module).__name__)
     if node.op == "call_function" and node.target in kinds.CONVOLUTION_FUNCTIONS:
@@ -277,12 +294,12 @@ _UPDATES_STATISTICS: Final = frozenset(
 )
 
 
-def _may_change_tensors(node: Node, graph_module: GraphModule) -> bool:
+def _may_change_tensors(node: Node, root: nn.Module) -> bool:
     """Whether the node may write to a tensor that a convolution or a batch norm reads. Errs on the side of yes."""
     if node.op in ("placeholder", "get_attr", "output") or _is_number(node):
         return False
     if node.op == "call_module":
-        return not _is_pure(_module_of(node, graph_module))
+        return not _is_pure(_module_of(node, root))
     if node.kwargs.get("out") is not None:
         return True
     if node.op == "call_method":
@@ -292,7 +309,7 @@ def _may_change_tensors(node: Node, graph_module: GraphModule) -> bool:
         return bool(target._schema.is_mutable) or target._opname in _UPDATES_STATISTICS
     if target is functional.conv_batch_norm:
         operands = [arg for arg in node.args[:2] if isinstance(arg, Node) and arg.op == "get_attr"]
-        return not all(_is_pure(graph_module.get_submodule(str(operand.target))) for operand in operands)
+        return not all(_is_pure(root.get_submodule(str(operand.target))) for operand in operands)
     if target in kinds.BATCH_NORM_FUNCTIONS:
         _, training, _ = kinds.BATCH_NORM_FUNCTIONS[target].operands(*node.args, **node.kwargs)
         return training is not False
@@ -352,15 +369,13 @@ def _is_pure(module: nn.Module) -> bool:
 # --- What the report adds ----------------------------------------------------------------------------------------
 
 
-def _module_of(node: Node, graph_module: GraphModule) -> nn.Module:
-    return graph_module.get_submodule(str(node.target))
+def _module_of(node: Node, root: nn.Module) -> nn.Module:
+    return root.get_submodule(str(node.target))
 
 
-def _note(convolution_node: Node, batch_norm_node: Node, graph_module: GraphModule) -> str:
+def _note(convolution_node: Node, batch_norm_node: Node, root: nn.Module) -> str:
     modules = [
-        _module_of(node, graph_module)
-        for node in (convolution_node, batch_norm_node)
-        if node.op == "call_module"
+        _module_of(node, root) for node in (convolution_node, batch_norm_node) if node.op == "call_module"
     ]
     return "runs unfused while it has hooks" if any(kinds.has_hooks(module) for module in modules) else ""
 

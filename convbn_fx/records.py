@@ -78,6 +78,14 @@ class SkipReason(StrEnum):
         "the batch norm is inside a module that tracing kept whole",
         "trace with convbn_fx.symbolic_trace, remove hooks from the module, or rewrite the module by itself",
     )
+    FUNCTION_CALL = (
+        "the convolution or the batch norm is a function that the forward calls itself, not a module",
+        "transform(symbolic_trace(module)) for the module around it, or torch.compile(model, backend='convbn')",
+    )
+    NOT_SELECTED = (
+        "the batch norm is outside of the modules that were to be tuned",
+        "name a module around it in tune(model, modules=[...])",
+    )
     NOT_CALLED = (
         "the batch norm is not called in this graph",
         "none needed; if it should be called, trace the model in the mode and with the arguments that use it",
@@ -105,6 +113,17 @@ class Pair:
     mode_is_constant: bool = False
     note: str = ""
 
+    def prefixed(self, prefix: str) -> "Pair":
+        """The same pair with its names under the sub-module `prefix` of a larger model."""
+        return replace(
+            self, convolution=f"{prefix}.{self.convolution}", batch_norm=f"{prefix}.{self.batch_norm}"
+        )
+
+    def without_prefix(self, prefix: str) -> "Pair":
+        """The same pair with names in the sub-module `prefix`."""
+        start = len(prefix) + 1 if prefix else 0
+        return replace(self, convolution=self.convolution[start:], batch_norm=self.batch_norm[start:])
+
 
 @dataclass(frozen=True)
 class Skip:
@@ -119,6 +138,14 @@ class Skip:
     batch_norm: str
     reason: SkipReason
     detail: str = ""
+
+    def prefixed(self, prefix: str) -> "Skip":
+        """The same batch norm with its name under the sub-module `prefix` of a larger model."""
+        return replace(self, batch_norm=f"{prefix}.{self.batch_norm}")
+
+    def without_prefix(self, prefix: str) -> "Skip":
+        """The same batch norm with its name in the sub-module `prefix`."""
+        return replace(self, batch_norm=self.batch_norm[len(prefix) + 1 if prefix else 0 :])
 
 
 @dataclass(frozen=True)
@@ -180,15 +207,7 @@ class Report:
         if not prefix:
             return self
         return Report(
-            [
-                replace(
-                    pair,
-                    convolution=f"{prefix}.{pair.convolution}",
-                    batch_norm=f"{prefix}.{pair.batch_norm}",
-                )
-                for pair in self.fused
-            ],
-            [replace(skip, batch_norm=f"{prefix}.{skip.batch_norm}") for skip in self.skipped],
+            [pair.prefixed(prefix) for pair in self.fused], [skip.prefixed(prefix) for skip in self.skipped]
         )
 
     def __add__(self, other: "Report") -> "Report":

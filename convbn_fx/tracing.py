@@ -46,7 +46,7 @@ def _context() -> tuple[Any, ...]:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), depth_of_autocast
 
 
-class _Proxy(torch.fx.Proxy):
+class Proxy(torch.fx.Proxy):
     """A proxy for which augmented assignment is what it is for tensors: a change in place, seen by every alias."""
 
 
@@ -61,7 +61,7 @@ for _function in (
     *(operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift),
     operator.irshift,
 ):
-    setattr(_Proxy, f"__{_function.__name__}__", _augmented_assignment(_function))
+    setattr(Proxy, f"__{_function.__name__}__", _augmented_assignment(_function))
 
 
 class Tracer(torch.fx.Tracer):
@@ -84,7 +84,7 @@ class Tracer(torch.fx.Tracer):
 
     def proxy(self, node: Node) -> torch.fx.Proxy:
         """Makes the proxy that stands for a node while the forward runs."""
-        return _Proxy(node, self)
+        return Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether calling `m` becomes one node."""
@@ -191,7 +191,7 @@ def _trace(
 ) -> GraphModule:
     tracer = Tracer(opened, closed)
     random_state = torch.get_rng_state()
-    with _left_as_found(root):
+    with left_as_found(root):
         try:
             graph = tracer.trace(root, concrete_args)
             _check_leaves(root, tracer)
@@ -238,7 +238,7 @@ def _is_batch_norm(node: Node, traced: GraphModule) -> bool:
 
 
 @contextmanager
-def _left_as_found(root: nn.Module) -> Iterator[None]:
+def left_as_found(root: nn.Module) -> Iterator[None]:
     """Undoes what a forward, run with proxies, changes on the modules, and what tracing stores on the root.
 
     Only what has changed is touched, and in place: handles of hooks refer to the very containers.

@@ -86,11 +86,11 @@ def test_a_subclass_of_a_convolution_is_traced_through(conv, pairs):
 @pytest.mark.parametrize(
     ("norm", "pairs", "left"),
     [
-        (PlainNorm, 0, {"norm": "UNKNOWN_BATCH_NORM"}),
+        (PlainNorm, 1, {}),
         (ReluNorm, 0, {"norm": "UNKNOWN_BATCH_NORM"}),
         (BranchingNorm, 0, {"norm": "UNKNOWN_BATCH_NORM"}),
         (timm.layers.BatchNormAct2d, 1, {}),
-        (torchvision.ops.FrozenBatchNorm2d, 0, {}),
+        (torchvision.ops.FrozenBatchNorm2d, 1, {}),
     ],
 )
 def test_a_subclass_of_a_batch_norm_keeps_what_it_does_besides(norm, pairs, left):
@@ -123,10 +123,7 @@ def test_a_subclass_that_cannot_be_traced_through_is_left_alone():
     assert_equivalent(model, graph_module, -X)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the check, which reads the rank of the conv output, runs after the pair"
-)
-def test_a_norm_that_is_traced_through_checks_its_input_first():
+def test_a_norm_with_an_activation_checks_its_input_first():
     model = make(norm=timm.layers.BatchNormAct2d)
     graph_module = fused(model)
     with pytest.raises(AssertionError, match="expected 4D input"):

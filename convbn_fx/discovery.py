@@ -1,0 +1,390 @@
+"""Which pairs a model's forwards run: every module's own forward is explored symbolically, its children as leaves.
+
+What is found decides only which convolutions may wait for a batch norm, and what the report says. What runs is always
+the forward itself (see [`deferral`][convbn_fx.deferral]), so an exploration may guess where a trace has to give up: a
+branch on data is taken both ways, a loop over a tensor is short, an optional argument is left out and given, and what
+a forward did before it raised counts as well.
+"""
+
+import inspect
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from types import FrameType, FunctionType
+from typing import Any, Final
+
+import torch
+from torch import nn
+from torch.fx import Graph, Node
+
+from convbn_fx import kinds
+from convbn_fx.graph_module import GraphModule
+from convbn_fx.matching import find_pairs_in
+from convbn_fx.records import Match, Pair, Skip, SkipReason
+from convbn_fx.tracing import Proxy, Tracer, left_as_found
+
+# Of one forward so many ways are looked at, on each of which so many branches are taken.
+_WAYS: Final = 16
+_BRANCHES: Final = 64
+
+
+@dataclass(frozen=True)
+class OwnedPair:
+    """A pair of modules, and whose forward runs it. All names are qualified names in the model.
+
+    Attributes:
+        record: The record for the report.
+        owner: The module whose own forward runs both.
+        methods: Names of the owner's methods that run both.
+        between: Modules inside the owner out of or into which the convolution's output goes on its way.
+    """
+
+    record: Pair
+    owner: str
+    methods: frozenset[str]
+    between: frozenset[str]
+
+
+def discover(model: nn.Module, include_training: bool = False) -> tuple[list[OwnedPair], list[Skip]]:
+    """Finds the pairs of a model.
+
+    Args:
+        model: The model; it is left as it was found.
+        include_training: Take pairs whose batch norm is in Train mode now as well.
+
+    Returns:
+        The pairs, and a `Skip` for every Eval-mode batch norm that is in none.
+    """
+    pairs: dict[tuple[str, str], OwnedPair] = {}
+    skips: dict[str, Skip] = {}
+    ends = _Ends(set(), set())
+    # Children first: how their forwards begin and end decides whether their parent looks inside them.
+    for name, module in reversed(list(model.named_modules())):
+        if _is_leaf(module):
+            continue
+        ways = _explore(module, ends)
+        for way in ways:
+            ends.learn(way)
+            matches, refusals = find_pairs_in(way.graph, module, include_training)
+            for match in matches:
+                refusal = _refusal(match, way)
+                if refusal is None:
+                    pair = _owned(match, way, name)
+                    pairs.setdefault((pair.record.convolution, pair.record.batch_norm), pair)
+                else:
+                    refusals.append(refusal)
+            for skip in refusals:  # the outermost forward knows best
+                skips[_joined(name, skip.batch_norm)] = replace(
+                    skip, batch_norm=_joined(name, skip.batch_norm)
+                )
+    fused = {pair.record.batch_norm for pair in pairs.values()}
+    left = [skip for name, skip in skips.items() if name not in fused]
+    return list(pairs.values())[::-1], left[::-1] + _never_called(model, fused | skips.keys())
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    """Whether nothing is to be learnt from the module's own forward."""
+    return (
+        kinds.convolution_kind(module) is not None
+        or kinds.batch_norm_kind(module) is not None
+        or isinstance(module, (GraphModule, torch.jit.ScriptModule))
+        or type(module).forward is _NO_FORWARD
+        or not any(
+            kinds.resembles_convolution(part) or kinds.may_hold_batch_norm(part) for part in module.modules()
+        )
+    )
+
+
+_NO_FORWARD: Final = nn.Module.forward
+
+
+def _never_called(model: nn.Module, known: set[str]) -> list[Skip]:
+    """Skips for the Eval-mode batch norms that no exploration saw; those in graphs are in the graphs' own reports."""
+    in_graphs = {
+        id(part) for graph in model.modules() if isinstance(graph, GraphModule) for part in graph.modules()
+    }
+    return [
+        Skip(name, SkipReason.NOT_CALLED)
+        for name, module in model.named_modules()
+        if kinds.resembles_batch_norm(module)
+        and not module.training
+        and name not in known
+        and id(module) not in in_graphs
+    ]
+
+
+def _joined(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+# --- One way through a forward -----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Way:
+    """What one exploration of a forward recorded."""
+
+    root: nn.Module
+    graph: Graph
+    opened: frozenset[str]
+    frames: dict[Node, list[tuple[FrameType, str]]]
+    with_other_gradients: set[Node]
+
+
+def _refusal(match: Match, way: _Way) -> Skip | None:
+    """Why a pair that a graph could fuse cannot wait for its batch norm in a forward."""
+    name = match.pair.batch_norm
+    if not (isinstance(match.convolution, str) and isinstance(match.batch_norm, str)):
+        return Skip(name, SkipReason.FUNCTION_CALL)
+    if match.convolution_node.users.keys() != {match.batch_norm_node: None}.keys():
+        return Skip(name, SkipReason.CONVOLUTION_OUTPUT_USED_ELSEWHERE, "its shape or dtype is read")
+    if way.with_other_gradients & {match.convolution_node, match.batch_norm_node}:
+        return Skip(name, SkipReason.UNUSUAL_CALL, "inside a with-statement that changes the grad mode")
+    return None
+
+
+def _owned(match: Match, way: _Way, owner: str) -> OwnedPair:
+    frames = way.frames.get(match.batch_norm_node, [])
+    methods = {name for frame, name in way.frames.get(match.convolution_node, []) if (frame, name) in frames}
+    convolution, batch_norm = _enclosing(match.pair.convolution), _enclosing(match.pair.batch_norm)
+    record = replace(
+        match.pair,
+        convolution=_joined(owner, match.pair.convolution),
+        batch_norm=_joined(owner, match.pair.batch_norm),
+    )
+    between = (convolution ^ batch_norm) & way.opened
+    return OwnedPair(
+        record, owner, frozenset(methods | {"forward"}), frozenset(_joined(owner, name) for name in between)
+    )
+
+
+def _enclosing(name: str) -> frozenset[str]:
+    """The qualified names of the modules around one."""
+    return frozenset(name[:end] for end, letter in enumerate(name) if letter == ".")
+
+
+class _Guess(Proxy):
+    """A proxy that answers what a trace cannot know by a guess."""
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            return super().__iter__()
+        except torch.fx.proxy.TraceError:
+            return iter([self[0], self[1]])
+
+    def __len__(self) -> int:
+        return 2
+
+    def __int__(self) -> int:
+        return 1
+
+    __index__ = __int__
+
+    def __float__(self) -> float:
+        return 1.0
+
+    def __contains__(self, item: Any) -> bool:
+        return bool(self.tracer.to_bool(self))
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_method", "__setitem__", (self, key, value), {})
+
+
+def _module_of_elsewhere(*_: Any, **__: Any) -> None:
+    """Stands for the call of a module that is not among those of the root."""
+
+
+class _Explorer(Tracer):
+    """Records one way through a forward."""
+
+    def __init__(self, opened: frozenset[str], given_all: bool, decisions: tuple[bool, ...]) -> None:
+        super().__init__(opened)
+        self.given_all = given_all
+        self.decisions = list(decisions)
+        self.taken = 0
+        self.frames: dict[Node, list[tuple[FrameType, str]]] = {}
+        self.with_other_gradients: set[Node] = set()
+
+    def proxy(self, node: Node) -> Proxy:
+        """Makes the proxy that stands for a node while the forward runs."""
+        return _Guess(node, self)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether calling `m` becomes one node."""
+        return module_qualified_name not in self.opened
+
+    def to_bool(self, obj: Any) -> bool:
+        """Takes the branch that was decided on, or else the first."""
+        if self.taken == _BRANCHES:
+            raise RuntimeError("this forward branches without end")
+        self.taken += 1
+        if self.taken > len(self.decisions):
+            self.decisions.append(True)
+        return self.decisions[self.taken - 1]
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """Makes proxies for the required arguments, or for all."""
+        args, kwargs = [self.root], {}
+        for parameter in list(inspect.signature(root_fn).parameters.values())[1:]:
+            if parameter.kind is parameter.VAR_KEYWORD or (
+                parameter.default is not parameter.empty and not self.given_all
+            ):
+                continue
+            proxy = self.create_proxy("placeholder", parameter.name, (), {})
+            if parameter.kind is parameter.KEYWORD_ONLY or (
+                kwargs and parameter.kind is not parameter.VAR_POSITIONAL
+            ):
+                kwargs[parameter.name] = proxy
+            else:
+                args.append(proxy)
+        return lambda: root_fn(*args, **kwargs), []
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Records a module's call, wherever the forward has the module from."""
+        if m not in self.submodule_paths:
+            return self.create_proxy("call_function", _module_of_elsewhere, args, kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        """Makes a value an argument of a node; an object that a graph cannot hold is left out."""
+        if type(a) is _Guess:
+            return a.node
+        try:
+            return super().create_arg(a)
+        except (NotImplementedError, NameError, RuntimeError):
+            return None
+
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """Records a node, and which methods of the root were running."""
+        node = super(Tracer, self).create_node(kind, target, *args, **kwargs)
+        if (
+            kind == "call_module"
+            or target in kinds.CONVOLUTION_FUNCTIONS
+            or target in kinds.BATCH_NORM_FUNCTIONS
+        ):
+            self.frames[node] = list(_methods_running(self.root))
+            if torch.is_grad_enabled() != self.context[0]:
+                self.with_other_gradients.add(node)
+        return node
+
+
+def _methods_running(root: nn.Module) -> Iterator[tuple[FrameType, str]]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is root:
+            yield frame, code.co_name
+        frame = frame.f_back
+
+
+def _kept(*_: Any) -> None:
+    """Stands for whoever reads what a forward has left in an attribute."""
+
+
+def _explore(root: nn.Module, ends: "_Ends") -> list[_Way]:
+    """The ways through a module's forward, inside those children too whose border a pair may cross."""
+    opened: frozenset[str] = frozenset()
+    while True:
+        ways = list(_ways(root, opened))
+        crossed = {name for way in ways for name in ends.crossed(way)}
+        if crossed <= opened:
+            return ways
+        opened |= crossed
+
+
+def _ways(root: nn.Module, opened: frozenset[str]) -> Iterator[_Way]:
+    parameters = list(inspect.signature(type(root).forward).parameters.values())[1:]
+    has_optional = any(parameter.default is not parameter.empty for parameter in parameters)
+    variants = product(
+        (False, True) if _reads_its_mode(root) else (root.training,), (False, True)[: 1 + has_optional]
+    )
+    pending = [(training, given_all, ()) for training, given_all in variants]
+    for _ in range(_WAYS):
+        if not pending:
+            return
+        training, given_all, decisions = pending.pop(0)
+        explorer = _Explorer(opened, given_all, decisions)
+        with left_as_found(root), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            root.training = training
+            try:
+                explorer.trace(root)
+            except Exception:  # noqa: BLE001 - a forward may raise anything, and this one has been given guesses
+                pass
+            explorer.create_node("call_function", _kept, tuple(_nodes_in_attributes(root)), {})
+        yield _Way(root, explorer.graph, opened, explorer.frames, explorer.with_other_gradients)
+        for taken in range(len(decisions), len(explorer.decisions)):
+            pending.append((training, given_all, (*explorer.decisions[:taken], False)))
+
+
+def _reads_its_mode(module: nn.Module) -> bool:
+    functions = [
+        value for cls in type(module).__mro__ for value in vars(cls).values() if cls is not nn.Module
+    ]
+    return any(
+        "training" in function.__code__.co_names
+        for function in functions
+        if isinstance(function, FunctionType)
+    )
+
+
+def _nodes_in_attributes(root: nn.Module) -> Iterator[Node]:
+    for module in root.modules():
+        for value in vars(module).values():
+            for leaf in value if type(value) in (list, tuple, set) else (value,):
+                if type(leaf) is _Guess:
+                    yield leaf.node
+
+
+# --- How forwards begin and end ----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Ends:
+    """The modules whose output may be a convolution's, and those whose input may go straight to a batch norm."""
+
+    convolutions: set[int]
+    batch_norms: set[int]
+
+    def learn(self, way: _Way) -> None:
+        """Adds what one way through a module's forward shows of the module."""
+        for node in way.graph.nodes:
+            if node.op == "output" and any(
+                self._produces(source, way.root) for source in node.all_input_nodes
+            ):
+                self.convolutions.add(id(way.root))
+            if node.op == "placeholder" and any(self._consumes(user, way.root) for user in node.users):
+                self.batch_norms.add(id(way.root))
+
+    def crossed(self, way: _Way) -> Iterator[str]:
+        """Names of the children out of which, or into which, a convolution's output goes to a batch norm."""
+        for node in way.graph.nodes:
+            if not self._produces(node, way.root):
+                continue
+            for user in node.users:
+                if self._consumes(user, way.root):
+                    yield from (end.target for end in (node, user) if self._is_crossed(end, way.root))
+
+    def _produces(self, node: Node, root: nn.Module) -> bool:
+        if node.op != "call_module":
+            return node.target in kinds.CONVOLUTION_FUNCTIONS
+        module = root.get_submodule(str(node.target))
+        return kinds.convolution_kind(module) is not None or id(module) in self.convolutions
+
+    def _consumes(self, node: Node, root: nn.Module) -> bool:
+        if node.op != "call_module":
+            return node.target in kinds.BATCH_NORM_FUNCTIONS
+        module = root.get_submodule(str(node.target))
+        return kinds.resembles_batch_norm(module) or id(module) in self.batch_norms
+
+    def _is_crossed(self, node: Node, root: nn.Module) -> bool:
+        return (
+            node.op == "call_module"
+            and id(root.get_submodule(str(node.target))) in self.convolutions | self.batch_norms
+        )

@@ -1,0 +1,100 @@
+"""Convolutions and batch norms of other libraries, by name: none of them is imported here.
+
+A class is looked up in these tables when a model that holds it is first seen; its library is imported by then.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any, Final
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from convbn_fx.operands import Convolution
+
+
+def _same_padded(module: Any, input: Tensor) -> Tensor:
+    """The input padded as TensorFlow's `SAME` does, by timm's own function."""
+    pad_same: Callable[..., Tensor] = sys.modules["timm.layers.padding"].pad_same
+    return pad_same(input, module.weight.shape[-2:], module.stride, module.dilation)
+
+
+def _conv2d_same(module: Any, input: Tensor) -> tuple[Tensor, Convolution]:
+    """Reads timm's `Conv2dSame`, whatever padding it was built with."""
+    return _same_padded(module, input), Convolution(
+        "conv2d", module.weight, module.bias, module.stride, 0, module.dilation, groups=module.groups
+    )
+
+
+def _standardised(module: Any) -> Tensor:
+    """A weight of mean 0 and variance 1 in each output channel, times the gain of timm's scaled variant."""
+    gain = getattr(module, "gain", None)
+    weight: Tensor = F.batch_norm(
+        module.weight.reshape(1, module.out_channels, -1),
+        None,
+        None,
+        weight=None if gain is None else (gain * module.scale).view(-1),
+        training=True,
+        momentum=0.0,
+        eps=module.eps,
+    )
+    return weight.reshape_as(module.weight)
+
+
+def _std_conv(module: Any, input: Tensor) -> tuple[Tensor, Convolution]:
+    """Reads timm's weight-standardised convolutions: linear in the standardised weight."""
+    if getattr(module, "same_pad", False):
+        input = _same_padded(module, input)
+    return input, Convolution(
+        "conv2d",
+        _standardised(module),
+        module.bias,
+        module.stride,
+        module.padding,
+        module.dilation,
+        groups=module.groups,
+    )
+
+
+#: Qualified name of each convolution class, and how its operands are read.
+CONVOLUTIONS: Final[dict[str, Callable[..., tuple[Tensor, Convolution]]]] = {
+    "timm.layers.conv2d_same.Conv2dSame": _conv2d_same,
+    "timm.layers.std_conv.StdConv2d": _std_conv,
+    "timm.layers.std_conv.StdConv2dSame": _std_conv,
+    "timm.layers.std_conv.ScaledStdConv2d": _std_conv,
+    "timm.layers.std_conv.ScaledStdConv2dSame": _std_conv,
+}
+
+
+def _drop_and_act(module: Any, normalised: Tensor) -> Tensor:
+    """What timm's norm-and-activation classes do after normalising; converted ones may lack either."""
+    for name in ("drop", "act"):
+        if hasattr(module, name):
+            normalised = getattr(module, name)(normalised)
+    return normalised
+
+
+#: Qualified name of each batch-norm class, and the fields in which its row differs from that of `nn.BatchNorm2d`.
+BATCH_NORMS: Final[dict[str, dict[str, Any]]] = {
+    "timm.layers.norm_act.BatchNormAct2d": {"epilogue": _drop_and_act},
+    "timm.layers.norm_act.SyncBatchNormAct": {"accepted_ranks": None, "epilogue": _drop_and_act},
+    "timm.layers.norm_act.FrozenBatchNormAct2d": {
+        "always_frozen": True,
+        "promotes": True,
+        "epilogue": _drop_and_act,
+    },
+    "torchvision.ops.misc.FrozenBatchNorm2d": {"always_frozen": True, "promotes": True},
+    "detectron2.layers.batch_norm.FrozenBatchNorm2d": {"always_frozen": True, "promotes": True},
+}
+
+
+def is_kept_whole(module: object) -> bool:
+    """Whether timm lists the module's class as one that symbolic tracing must not enter."""
+    registry = sys.modules.get("timm.layers._fx")
+    return registry is not None and type(module) in registry._leaf_modules
+
+
+def functions_kept_whole() -> tuple[Callable[..., Any], ...]:
+    """The functions that timm lists as ones that symbolic tracing must not enter."""
+    registry = sys.modules.get("timm.layers._fx")
+    return () if registry is None else tuple(f for f in registry._autowrap_functions if callable(f))
