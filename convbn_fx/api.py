@@ -12,6 +12,7 @@ from convbn_fx.discovery import discover
 from convbn_fx.graph_module import GraphModule
 from convbn_fx.linking import file_report, keep_in_eval_mode, link
 from convbn_fx.matching import find_pairs
+from convbn_fx.modes import batch_norms, selected
 from convbn_fx.records import Report, Skip, SkipReason
 from convbn_fx.rewriting import copied, rewrite
 
@@ -111,7 +112,7 @@ def tune(
         `model`, and the same `state_dict`. [`report`][convbn_fx.report] tells what is fused in it.
 
     Raises:
-        TypeError: `model` is not a module.
+        TypeError: `model` is not a module, or `modules` is a single string.
         ValueError: One of `modules` names no sub-module.
 
     Example:
@@ -120,10 +121,10 @@ def tune(
         print(convbn_fx.report(model))
         ```
     """
-    names = _selected(model, modules)
+    names = selected(model, modules, "tune")
     tuned = clone(model)
     if norm_eval:
-        keep_in_eval_mode(part for name in names for part in tuned.get_submodule(name).modules())
+        keep_in_eval_mode(batch_norms(tuned, names))
     for module in tuned.modules():
         if isinstance(module, GraphModule):
             _fuse(module, include_training)
@@ -138,21 +139,6 @@ def tune(
     ]
     file_report(tuned, chosen, skips)
     return tuned
-
-
-def _selected(model: nn.Module, modules: Iterable[str] | None) -> tuple[str, ...]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"tune: expected a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(modules, str):
-        raise TypeError(f"tune: modules is a list of names, not one name: modules=[{modules!r}]")
-    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
-    names = ("",) if modules is None else tuple(modules)
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(
-            f"tune: {type(model).__name__} has no sub-module {', '.join(map(repr, unknown))}. "
-            f"Its own are: {', '.join(name for name, _ in model.named_children())}"
-        )
-    return names
 
 
 def _is_inside(name: str, selected: Iterable[str]) -> bool:

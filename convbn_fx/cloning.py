@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.module import _WrappedHook
 
 from convbn_fx import kinds
-from convbn_fx.deferral import PAIRING, REPORT, SCOPE
+from convbn_fx.deferral import PAIRING, REPORT, SCOPE, remade
 from convbn_fx.graph_module import GraphModule
 from convbn_fx.rewriting import copied
 
@@ -48,26 +48,26 @@ def _blank(module: nn.Module) -> nn.Module:
     if isinstance(module, torch.fx.GraphModule):
         if type(module).__base__ in (torch.fx.GraphModule, GraphModule):
             return copied(module)
-        return object.__new__(_class_of_its_own(type(module)))
-    return object.__new__(_untuned(module))
+        return _instance(_class_of_its_own(type(module)))
+    return _instance(_untuned(module))
 
 
-def _class_of_its_own(cls: type[Any]) -> type[Any]:
+def _instance(cls: type[nn.Module]) -> nn.Module:
+    instance: nn.Module = object.__new__(cls)
+    return instance
+
+
+def _class_of_its_own(cls: type[nn.Module]) -> type[nn.Module]:
     """A GraphModule writes its forward onto its class."""
-    kept = {
-        name: value
-        for name, value in vars(cls).items()
-        if name not in ("__dict__", "__weakref__", "__call__", "_wrapped_call")
-    }
-    return type(cls)(cls.__name__, cls.__bases__, kept)
+    return remade(cls, *cls.__bases__, without=("__call__", "_wrapped_call"))
 
 
 def _untuned(module: nn.Module) -> type[nn.Module]:
     cls = type(module)
     if nn.utils.parametrize.is_parametrized(module) and kinds.TUNED_FROM in vars(cls.__bases__[0]):
-        kept = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
-        return type(cls)(cls.__name__, (vars(cls.__bases__[0])[kinds.TUNED_FROM],), kept)
-    return vars(cls).get(kinds.TUNED_FROM, cls)  # type: ignore[no-any-return]
+        return remade(cls, vars(cls.__bases__[0])[kinds.TUNED_FROM])
+    original: type[nn.Module] = vars(cls).get(kinds.TUNED_FROM, cls)
+    return original
 
 
 def _fill(blank: nn.Module, module: nn.Module, copies: dict[int, Any]) -> None:

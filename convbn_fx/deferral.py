@@ -12,12 +12,11 @@ The convolution, the batch norm and the module that owns the forward are of gene
 the methods and the state of the original class.
 """
 
-import copyreg
 import functools
 import threading
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import FunctionType
 from typing import Any, Final
 
 import torch
@@ -145,7 +144,7 @@ class Deferred(Tensor):
     @staticmethod
     def of(waiting: _Waiting) -> "Deferred":
         """Makes the tensor that stands for a convolution's output. It has neither shape nor data of its own."""
-        deferred: Deferred = torch.Tensor._make_wrapper_subclass(Deferred, (0,))  # type: ignore[attr-defined]
+        deferred: Deferred = torch.Tensor._make_wrapper_subclass(Deferred, (0,))
         deferred._waiting = waiting
         return deferred
 
@@ -161,7 +160,7 @@ class Deferred(Tensor):
         return func(*settled(args), **settled(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override] # the stub lacks the arguments' names
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Raises: what comes this way has bypassed Python, and autograd with it."""
@@ -312,13 +311,16 @@ def become(module: nn.Module, role: str, methods: frozenset[str] = frozenset({"f
     cls = type(module)
     if parametrize.is_parametrized(module):
         # PyTorch made this class for this one module, and finds the class before it as its only base.
-        namespace = {
-            name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")
-        }
-        base = _with_role(cls.__bases__[0], role, methods)
-        module.__class__ = type(cls)(cls.__name__, (base,), namespace)
+        module.__class__ = remade(cls, _with_role(cls.__bases__[0], role, methods))
     else:
         module.__class__ = _with_role(cls, role, methods)
+
+
+def remade(cls: type[nn.Module], *bases: type[nn.Module], without: tuple[str, ...] = ()) -> type[nn.Module]:
+    """A class with the body of `cls`, but for some names, and with other bases."""
+    kept = vars(cls).keys() - {"__dict__", "__weakref__", *without}
+    body = {name: vars(cls)[name] for name in kept}
+    return types.new_class(cls.__name__, bases, exec_body=lambda namespace: namespace.update(body))
 
 
 def _with_role(cls: type[nn.Module], role: str, methods: frozenset[str]) -> type[nn.Module]:
@@ -329,13 +331,13 @@ def _with_role(cls: type[nn.Module], role: str, methods: frozenset[str]) -> type
 
 
 def _is_replaceable(cls: type, name: str) -> bool:
-    return isinstance(getattr(cls, name, None), FunctionType) and not name.startswith("__")
+    return isinstance(getattr(cls, name, None), types.FunctionType) and not name.startswith("__")
 
 
 _METHODS: Final = "_convbn_fx_methods"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _tuned_class(cls: type[nn.Module], role: str, methods: frozenset[str]) -> type[nn.Module]:
     namespace: dict[str, Any] = {name: _REPLACEMENTS[role](getattr(cls, name)) for name in methods}
     if role == "batch_norm":
@@ -357,7 +359,9 @@ def _tuned_class(cls: type[nn.Module], role: str, methods: frozenset[str]) -> ty
         kinds.TUNED_FROM: cls,
         _METHODS: methods,
     }
-    tuned = type(cls)(cls.__name__, (cls,), namespace)
+    tuned: type[nn.Module] = types.new_class(
+        cls.__name__, (cls,), exec_body=lambda body: body.update(namespace)
+    )
     return tuned
 
 
@@ -373,11 +377,11 @@ class ScopeHooks:
     def __init__(self, scope: Scope) -> None:
         self.scope = scope
 
-    def enter(self, module: nn.Module, args: Any) -> None:
+    def enter(self, *_: Any) -> None:
         """A pre-forward hook."""
         self.scope.depth, self.scope.surroundings = self.scope.depth + 1, _surroundings()
 
-    def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def leave(self, *call: Any) -> Any:
         """A forward hook that is always called."""
         self.scope.depth -= 1
-        return settled(output)
+        return settled(call[-1])

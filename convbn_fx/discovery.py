@@ -7,9 +7,11 @@ a forward did before it raised counts as well.
 """
 
 import inspect
+import operator
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
 from types import FrameType, FunctionType
@@ -172,7 +174,9 @@ class _Guess(Proxy):
         try:
             return super().__iter__()
         except torch.fx.proxy.TraceError:
-            return iter([self[0], self[1]])
+            return iter(
+                [self.tracer.create_proxy("call_function", operator.getitem, (self, i), {}) for i in (0, 1)]
+            )
 
     def __len__(self) -> int:
         return 2
@@ -228,7 +232,8 @@ class _Explorer(Tracer):
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
         """Makes proxies for the required arguments, or for all."""
-        args, kwargs = [self.root], {}
+        args: list[Any] = [self.root]
+        kwargs: dict[str, Any] = {}
         for parameter in list(inspect.signature(root_fn).parameters.values())[1:]:
             if parameter.kind is parameter.VAR_KEYWORD or (
                 parameter.default is not parameter.empty and not self.given_all
@@ -247,7 +252,7 @@ class _Explorer(Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Records a module's call, wherever the forward has the module from."""
-        if m not in self.submodule_paths:
+        if m not in (self.submodule_paths or {}):
             return self.create_proxy("call_function", _module_of_elsewhere, args, kwargs)
         return super().call_module(m, forward, args, kwargs)
 
@@ -304,7 +309,7 @@ def _ways(root: nn.Module, opened: frozenset[str]) -> Iterator[_Way]:
     variants = product(
         (False, True) if _reads_its_mode(root) else (root.training,), (False, True)[: 1 + has_optional]
     )
-    pending = [(training, given_all, ()) for training, given_all in variants]
+    pending: list[tuple[bool, bool, tuple[bool, ...]]] = [(*variant, ()) for variant in variants]
     for _ in range(_WAYS):
         if not pending:
             return
@@ -313,14 +318,14 @@ def _ways(root: nn.Module, opened: frozenset[str]) -> Iterator[_Way]:
         with left_as_found(root), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             root.training = training
-            try:
+            with suppress(Exception):  # a forward may raise anything, and this one is given guesses
                 explorer.trace(root)
-            except Exception:  # noqa: BLE001 - a forward may raise anything, and this one has been given guesses
-                pass
             explorer.create_node("call_function", _kept, tuple(_nodes_in_attributes(root)), {})
         yield _Way(root, explorer.graph, opened, explorer.frames, explorer.with_other_gradients)
-        for taken in range(len(decisions), len(explorer.decisions)):
-            pending.append((training, given_all, (*explorer.decisions[:taken], False)))
+        pending += [
+            (training, given_all, (*explorer.decisions[:taken], False))
+            for taken in range(len(decisions), len(explorer.decisions))
+        ]
 
 
 def _reads_its_mode(module: nn.Module) -> bool:

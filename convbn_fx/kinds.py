@@ -209,7 +209,8 @@ TUNED_FROM: Final = "_convbn_fx_tuned_from"
 def class_of(module: nn.Module) -> type[nn.Module]:
     """The class whose forward a module has: that before parametrisation, and before `tune`."""
     cls: type[nn.Module] = parametrize.type_before_parametrizations(module)
-    return vars(cls).get(TUNED_FROM, cls)
+    original: type[nn.Module] = vars(cls).get(TUNED_FROM, cls)
+    return original
 
 
 def convolution_kind(module: nn.Module) -> ConvolutionKind | None:
@@ -248,7 +249,7 @@ def _row_by_name(cls: type[nn.Module], table: dict[type[nn.Module], Row | None])
     if table is _BATCH_NORM_CLASSES and name in libraries.BATCH_NORMS:
         row = BatchNormKind(cls.__name__, batch_norm_module, (4,))
         row = replace(row, **libraries.BATCH_NORMS[name])
-    return row and replace(row, methods=_methods(cls))
+    return None if row is None else replace(row, methods=_methods(cls))  # type: ignore[no-any-return]
 
 
 def _inherited_row(cls: type[nn.Module], table: dict[type[nn.Module], Row | None]) -> Row | None:

@@ -1,4 +1,4 @@
-"""Gives the modules of a model their parts in the pairs that were discovered in it; what `tune` changes, it changes here."""
+"""What `tune` changes in a model: gives modules their parts in the pairs that were discovered, and files the report."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -6,7 +6,6 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from convbn_fx import kinds
 from convbn_fx.deferral import PAIRING, REPORT, SCOPE, STAYS_IN_EVAL_MODE, Pairing, Scope, ScopeHooks, become
 from convbn_fx.discovery import OwnedPair
 from convbn_fx.records import Pair, Report, Skip
@@ -43,13 +42,12 @@ def _add(values: list[object], value: object) -> None:
         values.append(value)
 
 
-def keep_in_eval_mode(modules: Iterable[nn.Module]) -> None:
-    """Puts the batch norms among the modules in Eval mode, where `train()` then leaves them."""
-    for module in modules:
-        if kinds.resembles_batch_norm(module):
-            module.training = False
-            vars(module)[STAYS_IN_EVAL_MODE] = True
-            become(module, "batch_norm")
+def keep_in_eval_mode(norms: Iterable[nn.Module]) -> None:
+    """Puts batch norms in Eval mode, where `train()` then leaves them."""
+    for norm in norms:
+        norm.training = False
+        vars(norm)[STAYS_IN_EVAL_MODE] = True
+        become(norm, "batch_norm")
 
 
 def file_report(model: nn.Module, pairs: Iterable[OwnedPair], skips: Iterable[Skip]) -> None:
