@@ -18,50 +18,45 @@ CONVOLUTIONS = frozenset(
         *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
     }
 )
-METADATA = frozenset(
-    {
-        *(Tensor.shape.__get__, Tensor.ndim.__get__, Tensor.dtype.__get__, Tensor.device.__get__),
-        *(Tensor.size, Tensor.dim, Tensor.numel),
-    }
-)
+METADATA = frozenset({"shape", "ndim", "dtype", "device", "size", "dim", "numel"})
 
 
 class PairCounter(TorchFunctionMode):
-    """Counts frozen batch norms whose input is a convolution's output that nothing else uses.
-
-    Attributes:
-        batch_norms: Names of the batch norms, in order: which call of `F.batch_norm` it was, and of what width.
-    """
+    """Counts frozen batch norms whose input is a convolution's output that nothing else uses."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.values: list[Any] = []  # kept alive, so that an id means one tensor
-        self.convolved: set[int] = set()
-        self.uses: dict[int, int] = {}
+        self.uses: dict[int, int] = {}  # of each convolution's output, by id
+        self.outputs: list[Tensor] = []  # kept alive, so that an id stays one tensor's
         self.normalised: list[int] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        """Looks at one call of a function."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func in METADATA:
-            return result
-        for value in pytree.tree_leaves((args, kwargs)):
-            if isinstance(value, Tensor):
-                self.uses[id(value)] = self.uses.get(id(value), 0) + 1
+        # What reads a property is the __get__ of the property.
+        if getattr(getattr(func, "__self__", func), "__name__", None) not in METADATA:
+            self.count_uses((args, kwargs))
         if func in CONVOLUTIONS:
-            self.convolved.add(id(result))
-            self.uses[id(result)] = 0  # what had this id before is gone
-            self.values.append(result)
+            self.outputs.append(result)
+            self.uses[id(result)] = 0
         elif func is F.batch_norm and not _argument(args, kwargs, 5, "training", False):
-            self.normalised.append(id(_argument(args, kwargs, 0, "input", None)))
+            input = id(_argument(args, kwargs, 0, "input", None))
+            self.normalised += [input] if input in self.uses else []
         return result
+
+    def count_uses(self, values: Any) -> None:
+        """Counts the convolutions' outputs among the values as used once more."""
+        for value in pytree.tree_leaves(values):
+            if id(value) in self.uses:
+                self.uses[id(value)] += 1
 
     @property
     def pairs(self) -> int:
         """How many pairs ran."""
-        return sum(value in self.convolved and self.uses[value] == 1 for value in self.normalised)
+        return sum(self.uses[output] == 1 for output in self.normalised)
 
 
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], index: int, name: str, default: Any) -> Any:
@@ -80,7 +75,6 @@ def count_pairs(model: nn.Module, *inputs: Any) -> int:
     """
     with torch.no_grad(), PairCounter() as counter:
         output = model(*inputs)
-    for value in pytree.tree_leaves(output):
-        if isinstance(value, Tensor):
-            counter.uses[id(value)] = counter.uses.get(id(value), 0) + 1
-    return counter.pairs
+    counter.count_uses(output)
+    pairs: int = counter.pairs
+    return pairs

@@ -128,15 +128,12 @@ def tune(
     for module in tuned.modules():
         if isinstance(module, GraphModule):
             _fuse(module, include_training)
-    pairs, skips = discover(tuned, include_training)
-    chosen = [pair for pair in pairs if _is_inside(pair.owner, names)]
+    found = discover(tuned, include_training)
+    chosen = [pair for pair in found.pairs if _is_inside(pair.owner, names)]
     for pair in chosen:
         link(tuned, pair)
-    skips += [
-        Skip(pair.record.batch_norm, SkipReason.NOT_SELECTED)
-        for pair in pairs
-        if not _is_inside(pair.owner, names)
-    ]
+    outside = [pair.record for pair in found.pairs if pair not in chosen]
+    skips = found.skips + [Skip(pair.batch_norm, SkipReason.NOT_SELECTED) for pair in outside]
     file_report(tuned, chosen, skips)
     return tuned
 

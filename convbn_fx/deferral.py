@@ -337,32 +337,27 @@ def _is_replaceable(cls: type, name: str) -> bool:
 _METHODS: Final = "_convbn_fx_methods"
 
 
-@functools.cache
+_tuned_classes: Final[dict[tuple[type[nn.Module], str, frozenset[str]], type[nn.Module]]] = {}
+
+
 def _tuned_class(cls: type[nn.Module], role: str, methods: frozenset[str]) -> type[nn.Module]:
-    namespace: dict[str, Any] = {name: _REPLACEMENTS[role](getattr(cls, name)) for name in methods}
+    known = _tuned_classes.get((cls, role, methods))
+    if known is not None:
+        return known
+    body: dict[str, Any] = {name: _REPLACEMENTS[role](getattr(cls, name)) for name in methods}
     if role == "batch_norm":
-        namespace["train"] = _train(cls.train)
+        body["train"] = _train(cls.train)
 
     def reduce(self: Any, protocol: Any) -> Any:
         function, args, *state = super(tuned, self).__reduce_ex__(max(protocol, 2))
-        if (
-            function is not copyreg.__newobj__
-        ):  # the class has a way of its own, which does not know of this one
+        if args[:1] != (tuned,):  # the class has a way of its own, which does not know of this one
             return function, args, *state
         return _restored, (cls, role, methods, *args[1:]), *state
 
-    namespace |= {
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "__doc__": cls.__doc__,
-        "__reduce_ex__": reduce,
-        kinds.TUNED_FROM: cls,
-        _METHODS: methods,
-    }
-    tuned: type[nn.Module] = types.new_class(
-        cls.__name__, (cls,), exec_body=lambda body: body.update(namespace)
-    )
-    return tuned
+    body |= {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    body |= {"__reduce_ex__": reduce, kinds.TUNED_FROM: cls, _METHODS: methods}
+    tuned: type[nn.Module] = types.new_class(cls.__name__, (cls,), exec_body=lambda names: names.update(body))
+    return _tuned_classes.setdefault((cls, role, methods), tuned)
 
 
 def _restored(cls: type[nn.Module], role: str, methods: frozenset[str], *args: Any) -> nn.Module:

@@ -49,41 +49,82 @@ class OwnedPair:
     between: frozenset[str]
 
 
-def discover(model: nn.Module, include_training: bool = False) -> tuple[list[OwnedPair], list[Skip]]:
-    """Finds the pairs of a model.
+@dataclass
+class _Way:
+    """What one exploration of a forward recorded."""
+
+    root: nn.Module
+    graph: Graph
+    opened: frozenset[str]
+    frames: dict[Node, list[tuple[FrameType, str]]]
+    with_other_gradients: set[Node]
+
+
+@dataclass
+class Discovery:
+    """What the forwards of a model do with convolutions and batch norms.
+
+    Attributes:
+        pairs: The pairs, in the order of the forwards.
+        skips: A `Skip` for every Eval-mode batch norm that is in no pair.
+        used_apart: Convolutions and batch norms (by id) that some forward also uses outside of a pair.
+    """
+
+    pairs: list[OwnedPair]
+    skips: list[Skip]
+    used_apart: set[int]
+
+
+def discover(model: nn.Module, include_training: bool = False) -> Discovery:
+    """Explores every forward of a model.
 
     Args:
         model: The model; it is left as it was found.
         include_training: Take pairs whose batch norm is in Train mode now as well.
 
     Returns:
-        The pairs, and a `Skip` for every Eval-mode batch norm that is in none.
+        The pairs that its forwards run.
     """
     pairs: dict[tuple[str, str], OwnedPair] = {}
     skips: dict[str, Skip] = {}
+    used_apart: set[int] = set()
     ends = _Ends(set(), set())
     # Children first: how their forwards begin and end decides whether their parent looks inside them.
     for name, module in reversed(list(model.named_modules())):
         if _is_leaf(module):
             continue
-        ways = _explore(module, ends)
-        for way in ways:
+        for way in _explore(module, ends):
             ends.learn(way)
             matches, refusals = find_pairs_in(way.graph, module, include_training)
-            for match in matches:
-                refusal = _refusal(match, way)
-                if refusal is None:
-                    pair = _owned(match, way, name)
-                    pairs.setdefault((pair.record.convolution, pair.record.batch_norm), pair)
-                else:
-                    refusals.append(refusal)
-            for skip in refusals:  # the outermost forward knows best
-                skips[_joined(name, skip.batch_norm)] = replace(
-                    skip, batch_norm=_joined(name, skip.batch_norm)
-                )
+            refused = {match: refusal for match in matches if (refusal := _refusal(match, way)) is not None}
+            taken = [match for match in matches if match not in refused]
+            for match in taken:
+                pair = _owned(match, way, name)
+                pairs.setdefault((pair.record.convolution, pair.record.batch_norm), pair)
+            for skip in [*refusals, *refused.values()]:  # the outermost forward knows best
+                skips[_joined(name, skip.batch_norm)] = skip.prefixed(name)
+            used_apart |= _used_apart(way, taken)
     fused = {pair.record.batch_norm for pair in pairs.values()}
     left = [skip for name, skip in skips.items() if name not in fused]
-    return list(pairs.values())[::-1], left[::-1] + _never_called(model, fused | skips.keys())
+    never_called = _never_called(model, fused | skips.keys())
+    return Discovery(list(pairs.values())[::-1], left[::-1] + never_called, used_apart)
+
+
+def _used_apart(way: _Way, matches: list[Match]) -> set[int]:
+    """The modules of this way's calls that no pair explains, but for what its caller gives or gets."""
+    paired = {node for match in matches for node in (match.convolution_node, match.batch_norm_node)}
+    apart = set()
+    for node in way.graph.nodes:
+        if node.op != "call_module" or node in paired:
+            continue
+        module = way.root.get_submodule(str(node.target))
+        users = {user.op for user in node.users}
+        sources = {source.op for source in node.all_input_nodes}
+        if (kinds.convolution_kind(module) is not None and users - {"output"}) or (
+            kinds.resembles_batch_norm(module) and sources - {"placeholder"}
+        ):
+            apart.add(id(module))
+    return apart
 
 
 def _is_leaf(module: nn.Module) -> bool:
@@ -122,17 +163,6 @@ def _joined(prefix: str, name: str) -> str:
 
 
 # --- One way through a forward -----------------------------------------------------------------------------------
-
-
-@dataclass
-class _Way:
-    """What one exploration of a forward recorded."""
-
-    root: nn.Module
-    graph: Graph
-    opened: frozenset[str]
-    frames: dict[Node, list[tuple[FrameType, str]]]
-    with_other_gradients: set[Node]
 
 
 def _refusal(match: Match, way: _Way) -> Skip | None:

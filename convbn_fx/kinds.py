@@ -249,7 +249,7 @@ def _row_by_name(cls: type[nn.Module], table: dict[type[nn.Module], Row | None])
     if table is _BATCH_NORM_CLASSES and name in libraries.BATCH_NORMS:
         row = BatchNormKind(cls.__name__, batch_norm_module, (4,))
         row = replace(row, **libraries.BATCH_NORMS[name])
-    return None if row is None else replace(row, methods=_methods(cls))  # type: ignore[no-any-return]
+    return None if row is None else replace(row, methods=_methods(cls))
 
 
 def _inherited_row(cls: type[nn.Module], table: dict[type[nn.Module], Row | None]) -> Row | None:

@@ -115,9 +115,8 @@ class Pair:
 
     def prefixed(self, prefix: str) -> "Pair":
         """The same pair with its names under the sub-module `prefix` of a larger model."""
-        return replace(
-            self, convolution=f"{prefix}.{self.convolution}", batch_norm=f"{prefix}.{self.batch_norm}"
-        )
+        start = f"{prefix}." if prefix else ""
+        return replace(self, convolution=start + self.convolution, batch_norm=start + self.batch_norm)
 
     def without_prefix(self, prefix: str) -> "Pair":
         """The same pair with names in the sub-module `prefix`."""
@@ -141,7 +140,7 @@ class Skip:
 
     def prefixed(self, prefix: str) -> "Skip":
         """The same batch norm with its name under the sub-module `prefix` of a larger model."""
-        return replace(self, batch_norm=f"{prefix}.{self.batch_norm}")
+        return replace(self, batch_norm=f"{prefix}.{self.batch_norm}" if prefix else self.batch_norm)
 
     def without_prefix(self, prefix: str) -> "Skip":
         """The same batch norm with its name in the sub-module `prefix`."""
@@ -204,8 +203,6 @@ class Report:
 
     def prefixed(self, prefix: str) -> "Report":
         """The same report with every name under the sub-module `prefix` of a larger model."""
-        if not prefix:
-            return self
         return Report(
             [pair.prefixed(prefix) for pair in self.fused], [skip.prefixed(prefix) for skip in self.skipped]
         )

@@ -3,9 +3,7 @@
 import torch
 from bench.structure import PairCounter
 from models import prepared
-from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils import _pytree as pytree
 from torchvision.ops import FrozenBatchNorm2d
 
 from convbn_fx import report, tune
@@ -21,35 +19,23 @@ def with_frozen_norms(model):
     return model
 
 
-class _Watcher(PairCounter):
-    """Keeps every value alive: where one dies, another may take its id."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        result = super().__torch_function__(func, types, args, kwargs)
-        self.values.append((args, kwargs, result))
-        return result
-
+class _Counter(PairCounter):
     def see(self, norm, args):
-        """A pre-forward hook of a FrozenBatchNorm2d, which calls no function that says so."""
-        self.normalised.append(id(args[0]))
+        """A pre-forward hook of a FrozenBatchNorm2d, which calls no function that would tell."""
+        self.normalised += [id(args[0])] if id(args[0]) in self.uses else []
 
 
 def pairs_run(model, *inputs):
     """How many pairs one call of the model runs, told by watching its functions."""
-    watcher = _Watcher()
-    hooks = [
-        module.register_forward_pre_hook(watcher.see)
-        for module in model.modules()
-        if isinstance(module, FrozenBatchNorm2d)
-    ]
-    with torch.no_grad(), watcher:
+    counter = _Counter()
+    norms = [module for module in model.modules() if isinstance(module, FrozenBatchNorm2d)]
+    hooks = [norm.register_forward_pre_hook(counter.see) for norm in norms]
+    with torch.no_grad(), counter:
         output = model(*inputs)
+    counter.count_uses(output)
     for hook in hooks:
         hook.remove()
-    for value in pytree.tree_leaves(output):
-        if isinstance(value, torch.Tensor):
-            watcher.uses[id(value)] = watcher.uses.get(id(value), 0) + 1
-    return watcher.pairs
+    return counter.pairs
 
 
 def assert_trains_like(original, pairs, *inputs):
@@ -58,3 +44,4 @@ def assert_trains_like(original, pairs, *inputs):
     with_frozen_norms(original)
     assert pairs_run(original, *inputs) == len(report(tuned).fused) == pairs
     assert_equivalent(original, tuned, *inputs)
+    return tuned
