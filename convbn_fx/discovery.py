@@ -96,12 +96,13 @@ def discover(model: nn.Module, include_training: bool = False) -> Discovery:
         for way in _explore(module, ends):
             ends.learn(way)
             matches, refusals = find_pairs_in(way.graph, module, include_training)
-            refused = {match: refusal for match in matches if (refusal := _refusal(match, way)) is not None}
-            taken = [match for match in matches if match not in refused]
+            judged = [(match, _refusal(match, way)) for match in matches]
+            taken = [match for match, refusal in judged if refusal is None]
+            refusals += [refusal for _, refusal in judged if refusal is not None]
             for match in taken:
                 pair = _owned(match, way, name)
                 pairs.setdefault((pair.record.convolution, pair.record.batch_norm), pair)
-            for skip in [*refusals, *refused.values()]:  # the outermost forward knows best
+            for skip in refusals:  # the outermost forward knows best
                 skips[_joined(name, skip.batch_norm)] = skip.prefixed(name)
             used_apart |= _used_apart(way, taken)
     fused = {pair.record.batch_norm for pair in pairs.values()}
