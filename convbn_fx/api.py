@@ -6,9 +6,11 @@ from typing import Final
 import torch
 from torch import nn
 
+from convbn_fx.baking import bake, bake_graph
 from convbn_fx.cloning import Model, clone
+from convbn_fx.compiled_reports import compiled_report
 from convbn_fx.deferral import REPORT
-from convbn_fx.discovery import discover
+from convbn_fx.discovery import OwnedPair, discover
 from convbn_fx.graph_module import GraphModule
 from convbn_fx.linking import file_report, keep_in_eval_mode, link
 from convbn_fx.matching import find_pairs
@@ -16,7 +18,7 @@ from convbn_fx.modes import batch_norms, selected
 from convbn_fx.records import Report, Skip, SkipReason
 from convbn_fx.rewriting import copied, rewrite
 
-_META_KEY: Final = "convbn_fx"
+META_KEY: Final = "convbn_fx"
 
 
 def transform(graph_module: torch.fx.GraphModule, *, include_training: bool = False) -> GraphModule:
@@ -65,14 +67,14 @@ def transform(graph_module: torch.fx.GraphModule, *, include_training: bool = Fa
 
 def _fuse(graph_module: GraphModule, include_training: bool) -> None:
     """Rewrites the pairs of one graph in place and files the report."""
-    fused = list(graph_module.meta.get(_META_KEY, Report()).fused)
+    fused = list(graph_module.meta.get(META_KEY, Report()).fused)
     while True:  # the second time round for the skips: they speak of the graph as it is in the end
         matches, skips = find_pairs(graph_module, include_training)
         if not matches:
             break
         rewrite(graph_module, matches)
         fused += [match.pair for match in matches]
-    graph_module.meta[_META_KEY] = Report(fused, skips)
+    graph_module.meta[META_KEY] = Report(fused, skips)
 
 
 def _called_graph_modules(graph_module: GraphModule) -> list[tuple[str, torch.fx.GraphModule]]:
@@ -132,10 +134,49 @@ def tune(
     chosen = [pair for pair in found.pairs if _is_inside(pair.owner, names)]
     for pair in chosen:
         link(tuned, pair)
-    outside = [pair.record for pair in found.pairs if pair not in chosen]
-    skips = found.skips + [Skip(pair.batch_norm, SkipReason.NOT_SELECTED) for pair in outside]
-    file_report(tuned, chosen, skips)
+    file_report(tuned, chosen, found.skips + _outside(found.pairs, chosen))
     return tuned
+
+
+def deploy(model: Model, modules: Iterable[str] | None = None) -> Model:
+    """The same model for inference and export, with Eval-mode batch norms baked into their convolutions (Deploy mode).
+
+    Where a pair was, there is a plain `nn.Conv*d` or `nn.Linear` with parameters of its own, and `nn.Identity` (or
+    the activation that was part of it) in the place of the batch norm. Outputs are those of Eval mode. Training the
+    result is possible and unstable: weights and gradients scale inversely (arXiv 2305.11624, section 3).
+
+    Args:
+        model: Any model in Eval mode, as it was built or tuned. It is left untouched.
+        modules: Names of the sub-modules to deploy; all by default.
+
+    Returns:
+        A model of the same class, which shares with `model` only what was not folded.
+        [`report`][convbn_fx.report] tells what was folded in it.
+
+    Raises:
+        TypeError: `model` is not a module, or `modules` is a single string.
+        ValueError: One of `modules` names no sub-module.
+
+    Example:
+        ```python
+        torch.onnx.export(convbn_fx.deploy(model.eval()), (images,), "model.onnx")
+        ```
+    """
+    names = selected(model, modules, "deploy")
+    deployed = clone(model)
+    for module in list(deployed.modules()):
+        if isinstance(module, GraphModule):
+            _fuse(module, include_training=False)
+            module.meta[META_KEY] += Report([], bake_graph(module))
+    found = discover(deployed)
+    chosen = [pair for pair in found.pairs if _is_inside(pair.owner, names)]
+    baked, skips = bake(deployed, chosen, found.used_apart)
+    file_report(deployed, baked, found.skips + skips + _outside(found.pairs, chosen))
+    return deployed
+
+
+def _outside(pairs: list[OwnedPair], chosen: list[OwnedPair]) -> list[Skip]:
+    return [Skip(pair.record.batch_norm, SkipReason.NOT_SELECTED) for pair in pairs if pair not in chosen]
 
 
 def _is_inside(name: str, selected: Iterable[str]) -> bool:
@@ -161,12 +202,14 @@ def report(model: nn.Module) -> Report:
     reports = [
         part.prefixed(name)
         for name, module in model.named_modules()
-        for part in (vars(module).get(REPORT), getattr(module, "meta", {}).get(_META_KEY))
+        for part in (vars(module).get(REPORT), getattr(module, "meta", {}).get(META_KEY))
         if part is not None
     ]
+    if (compiled := compiled_report(model)) is not None:
+        reports.append(compiled)
     if not reports:
         raise ValueError(
-            f"report: nothing in this {type(model).__name__} was rewritten by convbn_fx. "
-            "Pass the model that convbn_fx.transform returned."
+            f"report: nothing in this {type(model).__name__} was rewritten by convbn_fx. Pass the model that tune, "
+            "deploy or transform returned; one compiled with backend='convbn' has to be called first."
         )
     return sum(reports, Report())

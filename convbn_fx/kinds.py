@@ -8,6 +8,7 @@ A class is in the table by identity. A subclass is known as long as it overrides
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from types import FunctionType
 from typing import Any, Final, TypeVar
 
@@ -46,12 +47,15 @@ class ConvolutionKind:
         name: What the report calls it.
         operands: Given one call's arguments (for a module, the module first), returns `(input, Convolution)`.
         batched_rank: Number of dimensions of a batched input, None where only the weight's rank tells.
+        plain: For a class, given the module, returns the class of a module with the same forward whose weight is a
+            parameter, and the weight; None where there is no such class.
         methods: For a class, the methods its forward consists of, as they were when it was registered.
     """
 
     name: str
     operands: Callable[..., tuple[Any, Convolution]]
     batched_rank: int | None = None
+    plain: Callable[[Any], tuple[type[nn.Module], Tensor]] | None = None
     methods: tuple[tuple[str, object], ...] = ()
 
 
@@ -121,8 +125,12 @@ def _is_as_shipped(cls: type[nn.Module]) -> bool:
     return all(function.__module__.startswith("torch.nn.modules.") for function in functions)
 
 
+def _own_weight(cls: type[nn.Module], module: Any) -> tuple[type[nn.Module], Tensor]:
+    return cls, module.weight
+
+
 _CONVOLUTION_CLASSES: dict[type[nn.Module], ConvolutionKind | None] = {
-    cls: ConvolutionKind(cls.__name__, operands, batched_rank, _methods(cls))
+    cls: ConvolutionKind(cls.__name__, operands, batched_rank, partial(_own_weight, cls), _methods(cls))
     for cls, operands, batched_rank in (
         (nn.Conv1d, conv_module("conv1d"), 3),
         (nn.Conv2d, conv_module("conv2d"), 4),
@@ -245,7 +253,8 @@ def _row_by_name(cls: type[nn.Module], table: dict[type[nn.Module], Row | None])
     name = f"{cls.__module__}.{cls.__qualname__}"
     row: Any = None
     if table is _CONVOLUTION_CLASSES and name in libraries.CONVOLUTIONS:
-        row = ConvolutionKind(cls.__name__, libraries.CONVOLUTIONS[name], 4)
+        operands, plain = libraries.CONVOLUTIONS[name]
+        row = ConvolutionKind(cls.__name__, operands, 4, plain)
     if table is _BATCH_NORM_CLASSES and name in libraries.BATCH_NORMS:
         row = BatchNormKind(cls.__name__, batch_norm_module, (4,))
         row = replace(row, **libraries.BATCH_NORMS[name])

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Final
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from convbn_fx.operands import Convolution
@@ -56,13 +56,25 @@ def _std_conv(module: Any, input: Tensor) -> tuple[Tensor, Convolution]:
     )
 
 
-#: Qualified name of each convolution class, and how its operands are read.
-CONVOLUTIONS: Final[dict[str, Callable[..., tuple[Tensor, Convolution]]]] = {
-    "timm.layers.conv2d_same.Conv2dSame": _conv2d_same,
-    "timm.layers.std_conv.StdConv2d": _std_conv,
-    "timm.layers.std_conv.StdConv2dSame": _std_conv,
-    "timm.layers.std_conv.ScaledStdConv2d": _std_conv,
-    "timm.layers.std_conv.ScaledStdConv2dSame": _std_conv,
+def _plain_conv2d_same(module: Any) -> tuple[type[nn.Module], Tensor]:
+    """A plain convolution cannot pad as much as its input needs: timm's class has to stay."""
+    return sys.modules["timm.layers.conv2d_same"].Conv2dSame, module.weight
+
+
+def _plain_std_conv(module: Any) -> tuple[type[nn.Module], Tensor]:
+    """Standardised once and for all."""
+    if getattr(module, "same_pad", False):
+        return sys.modules["timm.layers.conv2d_same"].Conv2dSame, _standardised(module)
+    return nn.Conv2d, _standardised(module)
+
+
+#: Qualified name of each convolution class, how its operands are read, and its plain form for Deploy mode.
+CONVOLUTIONS: Final[dict[str, tuple[Callable[..., Any], Callable[..., Any]]]] = {
+    "timm.layers.conv2d_same.Conv2dSame": (_conv2d_same, _plain_conv2d_same),
+    "timm.layers.std_conv.StdConv2d": (_std_conv, _plain_std_conv),
+    "timm.layers.std_conv.StdConv2dSame": (_std_conv, _plain_std_conv),
+    "timm.layers.std_conv.ScaledStdConv2d": (_std_conv, _plain_std_conv),
+    "timm.layers.std_conv.ScaledStdConv2dSame": (_std_conv, _plain_std_conv),
 }
 
 

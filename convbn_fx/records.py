@@ -78,6 +78,18 @@ class SkipReason(StrEnum):
         "the batch norm is inside a module that tracing kept whole",
         "trace with convbn_fx.symbolic_trace, remove hooks from the module, or rewrite the module by itself",
     )
+    HAS_HOOKS = (
+        "the convolution or the batch norm has hooks, which a folded one could not run",
+        "remove them before deploy(); old-style weight_norm by torch.nn.utils.remove_weight_norm",
+    )
+    SHARED = (
+        "convolutions and batch norms are shared so that no convolution of each use's own could take their places",
+        "give each use a convolution or a batch norm of its own, or use tune()",
+    )
+    OUT_OF_RANGE = (
+        "the folded parameters are beyond the range of the convolution's dtype",
+        "deploy the model in float32 first, or use tune()",
+    )
     FUNCTION_CALL = (
         "the convolution or the batch norm is a function that the forward calls itself, not a module",
         "transform(symbolic_trace(module)) for the module around it, or torch.compile(model, backend='convbn')",

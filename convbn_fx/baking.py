@@ -1,0 +1,288 @@
+"""Deploy mode: the fused parameters computed once and put into a plain convolution, in a model or in a graph."""
+
+import itertools
+import operator
+from collections import OrderedDict
+from collections.abc import Iterable
+from inspect import signature
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from convbn_fx import kinds
+from convbn_fx.arithmetic import fold, output_channels
+from convbn_fx.discovery import OwnedPair
+from convbn_fx.functional import conv_batch_norm
+from convbn_fx.graph_module import GraphModule
+from convbn_fx.operands import BatchNorm, Convolution
+from convbn_fx.records import Skip, SkipReason
+
+
+class Folded(nn.Identity):
+    """Stands where a batch norm stood whose channels are the convolution's in inputs of one rank only.
+
+    Args:
+        rank: Number of dimensions of that input.
+    """
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns the input.
+
+        Raises:
+            ValueError: It has another rank: the batch norm would have normalised another dimension.
+        """
+        if input.ndim != self.rank:
+            raise ValueError(
+                f"a batch norm was folded for inputs of {self.rank} dimensions, and this one has {input.ndim}. "
+                "Use tune() in place of deploy(), which looks at every call"
+            )
+        return input
+
+    def extra_repr(self) -> str:
+        """The rank."""
+        return f"rank={self.rank}"
+
+
+class _Unfoldable(Exception):
+    """Raised inside this module where a pair has no baked form."""
+
+    def __init__(self, reason: SkipReason, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
+# --- In a model --------------------------------------------------------------------------------------------------
+
+
+def bake(
+    model: nn.Module, pairs: Iterable[OwnedPair], used_apart: set[int]
+) -> tuple[list[OwnedPair], list[Skip]]:
+    """Turns the convolutions of pairs into plain ones with baked parameters, and their batch norms into nothing.
+
+    A batch norm that follows several convolutions is baked into each. A convolution that several batch norms follow
+    moves into their places, once for each.
+
+    Args:
+        model: The model, changed in place; its modules must be nobody else's.
+        pairs: The pairs to bake.
+        used_apart: Ids of the convolutions and batch norms that are also used outside of pairs.
+
+    Returns:
+        The pairs that were baked, and a `Skip` for each that could not be.
+    """
+    baked: list[OwnedPair] = []
+    skips: list[Skip] = []
+    for group in _sharing_modules(pairs):
+        members = [
+            (model.get_submodule(pair.record.convolution), model.get_submodule(pair.record.batch_norm))
+            for pair in group
+        ]
+        try:
+            for module, replacement in _replacements(members, used_apart):
+                _turn_into(module, replacement)
+            baked += group
+        except _Unfoldable as refusal:
+            skips += [Skip(pair.record.batch_norm, refusal.reason, refusal.detail) for pair in group]
+    return baked, skips
+
+
+def _sharing_modules(pairs: Iterable[OwnedPair]) -> list[list[OwnedPair]]:
+    """The pairs in groups that have no module in common."""
+    groups: list[tuple[set[str], list[OwnedPair]]] = []
+    for pair in pairs:
+        names, members = {pair.record.convolution, pair.record.batch_norm}, [pair]
+        apart = []
+        for other_names, others in groups:
+            if names & other_names:
+                names, members = names | other_names, others + members
+            else:
+                apart.append((other_names, others))
+        groups = [*apart, (names, members)]
+    return [members for _, members in groups]
+
+
+def _replacements(
+    members: list[tuple[nn.Module, nn.Module]], used_apart: set[int]
+) -> list[tuple[nn.Module, nn.Module]]:
+    """Each module of a group, and what takes its place."""
+    convs, norms = ({id(module): module for module in side}.values() for side in zip(*members, strict=True))
+    for module in (*convs, *norms):
+        if id(module) in used_apart:
+            raise _Unfoldable(SkipReason.CONVOLUTION_OUTPUT_USED_ELSEWHERE, "on another path of a forward")
+        if kinds.has_hooks(module):
+            raise _Unfoldable(SkipReason.HAS_HOOKS, type(module).__name__)
+    baked = [(conv, norm, _baked(conv, norm)) for conv, norm in members]
+    if len(norms) == 1:
+        (norm,) = norms
+        return [*((conv, plain) for conv, _, plain in baked), (norm, _remainder(norm, _check(baked[0][2])))]
+    if len(convs) == 1 and not hasattr(
+        baked[0][2], "output_padding"
+    ):  # whose forward takes more than the input
+        (conv,) = convs
+        return [*((norm, _remainder(norm, plain)) for _, norm, plain in baked), (conv, _check(baked[0][2]))]
+    raise _Unfoldable(SkipReason.SHARED)
+
+
+def _turn_into(module: nn.Module, replacement: nn.Module) -> None:
+    """Changes the very object, so that whoever refers to it refers to the replacement."""
+    training = module.training
+    vars(module).clear()
+    vars(module).update(vars(replacement))
+    module.__class__ = type(replacement)
+    module.train(training)
+
+
+def _check(conv: nn.Module) -> nn.Module:
+    """What stands where nothing is left to do."""
+    ranks = {nn.Linear: 2, nn.Conv1d: 3, nn.ConvTranspose1d: 3}
+    return Folded(ranks[type(conv)]) if type(conv) in ranks else nn.Identity()
+
+
+def _remainder(norm: nn.Module, first: nn.Module) -> nn.Module:
+    """What is to run in the place of a batch norm: `first`, then what its class does after normalising."""
+    parts = dict(norm.named_children())
+    return nn.Sequential(OrderedDict({"folded": first, **parts})) if parts else first
+
+
+# --- The baked convolution ---------------------------------------------------------------------------------------
+
+_CONSTRUCTOR: Final = (
+    *("in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride", "padding"),
+    *("output_padding", "dilation", "groups", "padding_mode"),
+)
+
+
+def _baked(conv: nn.Module | Convolution, norm: nn.Module | BatchNorm) -> nn.Module:
+    """A plain module that computes what the two compute one after the other, with parameters of its own."""
+    cls, operands, arguments = _plain_form(conv) if isinstance(conv, nn.Module) else _plain_form_of_call(conv)
+    norm_operands = _frozen_operands(norm) if isinstance(norm, nn.Module) else norm
+    weight, bias = _fold(operands, norm_operands)
+    plain: Any = cls(**arguments, bias=True, device="meta")
+    tensors = (operands.weight, operands.bias, norm_operands.weight, norm_operands.bias)
+    trains = any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    plain.weight, plain.bias = (nn.Parameter(tensor, requires_grad=trains) for tensor in (weight, bias))
+    return plain  # type: ignore[no-any-return]
+
+
+def _plain_form(conv: Any) -> tuple[type[nn.Module], Convolution, dict[str, Any]]:
+    """The class of a plain module like `conv`, the operands to fold, and the arguments of its constructor."""
+    kind = kinds.convolution_kind(conv)
+    if kind is None or kind.plain is None:
+        raise _Unfoldable(SkipReason.UNKNOWN_CONVOLUTION, f"{type(conv).__name__} has no plain form")
+    cls, weight = kind.plain(conv)
+    operands = Convolution(
+        "", weight, conv.bias, transposed=issubclass(cls, _ConvTransposeNd), groups=getattr(conv, "groups", 1)
+    )
+    parameters = signature(cls.__init__).parameters
+    return cls, operands, {name: getattr(conv, name) for name in _CONSTRUCTOR if name in parameters}
+
+
+def _plain_form_of_call(conv: Convolution) -> tuple[type[nn.Module], Convolution, dict[str, Any]]:
+    """As `_plain_form`, for the call of a function."""
+    inputs, outputs = conv.weight.shape[0 if conv.transposed else 1], output_channels(conv)
+    if conv.op == "linear":
+        return nn.Linear, conv, {"in_features": inputs, "out_features": outputs}
+    name = f"Conv{'Transpose' if conv.transposed else ''}{conv.weight.ndim - 2}d"
+    arguments = {
+        "in_channels": inputs if conv.transposed else inputs * conv.groups,
+        "out_channels": outputs,
+        "kernel_size": tuple(conv.weight.shape[2:]),
+        **{field: getattr(conv, field) for field in ("stride", "padding", "dilation", "groups")},
+    }
+    if conv.transposed:
+        arguments["output_padding"] = conv.output_padding
+    return getattr(nn, name), conv, arguments
+
+
+def _frozen_operands(norm: nn.Module) -> BatchNorm:
+    kind = kinds.batch_norm_kind(norm)
+    if kind is None or not kinds.is_frozen(norm):
+        raise _Unfoldable(SkipReason.TRAINING_MODE)
+    operands: BatchNorm = kind.operands(norm)
+    return operands
+
+
+def _fold(conv: Convolution, norm: BatchNorm) -> tuple[Tensor, Tensor]:
+    vectors = [vector for vector in norm[:4] if vector is not None]
+    if any(vector.shape != (output_channels(conv),) for vector in vectors):
+        raise _Unfoldable(SkipReason.CHANNELS_DIFFER)
+    with torch.no_grad():
+        weight, bias = fold(conv, norm)
+    if not weight.is_meta and not (weight.isfinite().all() and bias.isfinite().all()):
+        raise _Unfoldable(SkipReason.OUT_OF_RANGE, str(weight.dtype))
+    return weight, bias
+
+
+# --- In a graph --------------------------------------------------------------------------------------------------
+
+
+def bake_graph(graph_module: GraphModule) -> list[Skip]:
+    """Replaces the fused calls of a rewritten graph by calls of plain modules with baked parameters.
+
+    Args:
+        graph_module: The graph, changed in place.
+
+    Returns:
+        A `Skip` for each fused call that could not be baked.
+    """
+    skips: list[Skip] = []
+    folded_away: set[str] = set()
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is not conv_batch_norm:
+            continue
+        names = [str(operand.target) for operand in node.args[:2] if isinstance(operand, Node)]
+        try:
+            conv, norm = (_constant(operand, graph_module) for operand in node.args[:2])
+            plain = _baked(conv, norm)
+        except _Unfoldable as refusal:
+            skips.append(Skip(names[-1] if names else node.name, refusal.reason, refusal.detail))
+            continue
+        rest = _remainder(norm, _check(plain)) if isinstance(norm, nn.Module) else _check(plain)
+        with graph.inserting_before(node):
+            folded = graph.call_module(_added(graph_module, node, plain), node.args[2:], node.kwargs)
+            if type(rest) is not nn.Identity:
+                folded = graph.call_module(_added(graph_module, node, rest), (folded,))
+        folded.meta = dict(node.meta)
+        node.replace_all_uses_with(folded)
+        graph.erase_node(node)
+        folded_away |= set(names)
+    for node in reversed(graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
+    for name in folded_away:
+        if not any(str(node.target).startswith(name) for node in graph.nodes):
+            graph_module.delete_submodule(name)
+    graph.lint()
+    graph_module.recompile()
+    return skips
+
+
+def _added(graph_module: GraphModule, node: Node, module: nn.Module) -> str:
+    """Adds a module to a graph under a name that is free, and tells the name."""
+    name = next(
+        name
+        for count in itertools.count()
+        if not hasattr(graph_module, name := f"{node.name}_folded_{count}")
+    )
+    graph_module.add_module(name, module)
+    return name
+
+
+def _constant(operand: Any, graph_module: GraphModule) -> Any:
+    """The module that an operand of a fused call names, or the operands with the tensors that its nodes name."""
+    if isinstance(operand, (Convolution, BatchNorm)):
+        return type(operand)(*(_constant(value, graph_module) for value in operand))
+    if not isinstance(operand, Node):
+        return operand
+    if operand.op != "get_attr":
+        raise _Unfoldable(SkipReason.UNUSUAL_CALL, f"{operand.name} is computed at every call")
+    return operator.attrgetter(str(operand.target))(graph_module)

@@ -1,0 +1,58 @@
+"""`torch.compile(model, backend="convbn")`: the pass on the graphs that Dynamo captures.
+
+Dynamo calls a backend once for each graph, and again when a guard fails: a batch norm's mode flipped, a shape changed.
+What was fused in each is kept by the tensors that it reads, by which [`report`][convbn_fx.report] finds it again.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from convbn_fx.api import META_KEY, transform
+from convbn_fx.compiled_reports import remember
+
+
+def convbn(
+    graph_module: torch.fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The backend that `torch.compile(model, backend="convbn")` names.
+
+    Args:
+        graph_module: A graph of Dynamo's.
+        example_inputs: What it will be called with.
+        options: `{"inner": name}` hands the rewritten graph to another backend, such as `"inductor"`; without it the
+            graph runs operator by operator.
+
+    Returns:
+        What runs in place of the graph.
+
+    Raises:
+        ValueError: An option is not known.
+
+    Example:
+        ```python
+        model = torch.compile(model.eval(), backend="convbn", options={"inner": "inductor"})
+        loss = criterion(model(images), labels)
+        print(convbn_fx.report(model))
+        ```
+    """
+    inner = dict(options or {})
+    name = inner.pop("inner", None)
+    if inner:
+        unknown = ", ".join(map(repr, inner))
+        raise ValueError(f"convbn: unknown option {unknown}. The only one is 'inner': a backend's name")
+    fused = transform(graph_module)
+    remember(fused.meta[META_KEY], graph_module, example_inputs)
+    if name is None:
+        return fused.forward
+    for placeholder, original in zip(fused.graph.nodes, graph_module.graph.nodes, strict=False):
+        if placeholder.op != "placeholder":
+            break
+        # Dynamo tells AOT Autograd by this attribute what an input is; no copy of a graph keeps it.
+        placeholder._dynamo_source = getattr(original, "_dynamo_source", None)
+    backend: Any = torch._dynamo.lookup_backend(name)
+    return backend(fused, example_inputs)  # type: ignore[no-any-return]
