@@ -63,7 +63,7 @@ class _Unfoldable(Exception):
 
 
 def bake(
-    model: nn.Module, pairs: Iterable[OwnedPair], used_apart: set[int]
+    model: nn.Module, pairs: list[OwnedPair], used_apart: set[int]
 ) -> tuple[list[OwnedPair], list[Skip]]:
     """Turns the convolutions of pairs into plain ones with baked parameters, and their batch norms into nothing.
 
@@ -79,8 +79,9 @@ def bake(
         The pairs that were baked, and a `Skip` for each that could not be.
     """
     baked: list[OwnedPair] = []
-    skips: list[Skip] = []
-    for group in _sharing_modules(pairs):
+    modules = [pair for pair in pairs if pair.site is None and not pair.to_function]
+    skips = [Skip(pair.record.batch_norm, SkipReason.FUNCTION_CALL) for pair in pairs if pair not in modules]
+    for group in _sharing_modules(modules):
         members = [
             (model.get_submodule(pair.record.convolution), model.get_submodule(pair.record.batch_norm))
             for pair in group

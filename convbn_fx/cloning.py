@@ -6,6 +6,7 @@ their own. References from module to module (bound methods, lists of modules) le
 
 import copy
 import functools
+import sys
 import weakref
 from collections import OrderedDict, defaultdict, deque
 from types import MethodType
@@ -16,7 +17,7 @@ from torch import nn
 from torch.nn.modules.module import _WrappedHook
 
 from convbn_fx import kinds
-from convbn_fx.deferral import PAIRING, REPORT, SCOPE, remade
+from convbn_fx.deferral import FUNCTION_CALLS, PAIRING, REPORT, SCOPE, remade
 from convbn_fx.graph_module import GraphModule
 from convbn_fx.rewriting import copied
 
@@ -32,7 +33,15 @@ def clone(model: Model) -> Model:
     Returns:
         A model of the same classes, hooks, modes and attributes, whose parameters and buffers are those of `model`.
         Moving one with `to()` moves the other; replacing a parameter or a sub-module does not.
+
+    Raises:
+        TypeError: FSDP has sharded the model: its hooks belong to these very modules.
     """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules()):
+        raise TypeError(
+            f"{type(model).__name__} is sharded by FSDP already: tune the model first, then fully_shard it"
+        )
     copies: dict[int, Any] = {}
     for module in model.modules():
         copies[id(module)] = _blank(module)
@@ -46,7 +55,7 @@ def _blank(module: nn.Module) -> nn.Module:
     if isinstance(module, torch.jit.ScriptModule):
         return module  # compiled: there is nothing in it to tune
     if isinstance(module, torch.fx.GraphModule):
-        if type(module).__base__ in (torch.fx.GraphModule, GraphModule):
+        if type(module).train is nn.Module.train:  # else it may put another graph in place (torchvision's do)
             return copied(module)
         return _instance(_class_of_its_own(type(module)))
     return _instance(_untuned(module))
@@ -79,7 +88,7 @@ def _fill(blank: nn.Module, module: nn.Module, copies: dict[int, Any]) -> None:
     vars(blank).update(
         (name, _mirrored(value, copies))
         for name, value in vars(module).items()
-        if name not in (PAIRING, SCOPE, REPORT)
+        if name not in (PAIRING, SCOPE, FUNCTION_CALLS, REPORT)
     )
     # The very same dictionary: `to()` replaces buffers where it changes parameters in place.
     vars(blank)["_buffers"] = module._buffers

@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from convbn_fx import kinds
 from convbn_fx.autocast import autocast_state, in_autocast_state
 from convbn_fx.functional import normalised_convolution
+from convbn_fx.operands import BatchNorm, Convolution
 
 # --- Where deferring is allowed ----------------------------------------------------------------------------------
 
@@ -61,24 +62,29 @@ def _surroundings() -> tuple[object, ...]:
 
 @dataclass
 class Pairing:
-    """What a convolution knows of the batch norms after it.
+    """What is known of the way from a convolution to the batch norms after it.
 
     Attributes:
-        scopes: Of the forwards that run it and a batch norm after it.
+        scopes: Of the forwards that run the convolution and a batch norm after it.
         norms: The batch norms that its output goes to.
-        between: Modules that its output passes on its way, as their output or input.
+        to_function: Whether it also goes to a batch norm that is a function.
+        watched: The convolution, the batch norms, and the modules in between out of or into which its output goes.
+        places: Where those are: parent, name and child. What has been wrapped or exchanged since is not known.
     """
 
     scopes: list[Scope] = field(default_factory=list)
     norms: list[nn.Module] = field(default_factory=list)
-    between: list[nn.Module] = field(default_factory=list)
+    to_function: bool = False
+    watched: list[nn.Module] = field(default_factory=list)
+    places: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
 
-    def allows(self, conv: nn.Module) -> bool:
-        """Whether the convolution may defer now: nobody looks, and a batch norm that is frozen is waiting."""
+    def allows(self) -> bool:
+        """Whether the convolution may wait now: a frozen batch norm is next, and nobody looks in between."""
         return (
             any(scope.is_open_here() for scope in self.scopes)
-            and any(map(kinds.is_frozen, self.norms))
-            and not any(map(kinds.has_hooks, (conv, *self.norms, *self.between)))
+            and (self.to_function or any(map(kinds.is_frozen, self.norms)))
+            and not any(map(kinds.has_hooks, self.watched))
+            and all(parent._modules.get(name) is child for parent, name, child in self.places)
             and not _has_any_global_hook()
             and torch._C._get_tracing_state() is None
         )
@@ -87,11 +93,15 @@ class Pairing:
 # --- The deferred convolution ------------------------------------------------------------------------------------
 
 
-class _Waiting:
+class Waiting:
     """A convolution that has been called and has not run, and what it takes to run it as it would have then."""
 
     def __init__(
-        self, conv: nn.Module, forward: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        conv: nn.Module | Convolution,
+        forward: Callable[..., Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> None:
         self._conv = conv
         self._forward = forward
@@ -109,7 +119,8 @@ class _Waiting:
         """Counters that move on when an operand of the convolution is changed in place."""
         if torch.compiler.is_compiling():
             return []
-        values = (*self._args, *self._kwargs.values(), *self._conv._parameters.values())
+        parameters = self._conv._parameters.values() if isinstance(self._conv, nn.Module) else self._conv
+        values = (*self._args, *self._kwargs.values(), *parameters)
         return [value._version for value in values if isinstance(value, Tensor) and not value.is_inference()]
 
     def _check_operands(self) -> None:
@@ -120,7 +131,7 @@ class _Waiting:
                 "names the modules to tune: leave the one around this pair out"
             )
 
-    def _settled(self) -> Tensor:
+    def settled(self) -> Tensor:
         """The convolution's output."""
         if self._output is None:
             self._check_operands()
@@ -128,7 +139,7 @@ class _Waiting:
                 self._output = self._forward(self._conv, *self._args, **self._kwargs)
         return self._output
 
-    def _normalised(self, norm: nn.Module) -> Tensor | None:
+    def normalised(self, norm: nn.Module | BatchNorm) -> Tensor | None:
         """The output of the batch norm after the convolution, both in one; None where they have to run apart."""
         if self._output is not None or self._autocast != autocast_state(self._device_type()):
             return None
@@ -139,12 +150,15 @@ class _Waiting:
 class Deferred(Tensor):
     """The output of a convolution that has not run yet. To everyone but its batch norm it is that tensor."""
 
-    _waiting: _Waiting
+    _waiting: Waiting
 
     @staticmethod
-    def of(waiting: _Waiting) -> "Deferred":
+    def of(waiting: Waiting) -> "Deferred":
         """Makes the tensor that stands for a convolution's output. It has neither shape nor data of its own."""
-        deferred: Deferred = torch.Tensor._make_wrapper_subclass(Deferred, (0,))
+        # Code that bypasses Python, an autograd function say, must not take it for a constant: a gradient for something
+        # of this shape is an error.
+        requires_grad = torch.is_grad_enabled()
+        deferred: Deferred = torch.Tensor._make_wrapper_subclass(Deferred, (0,), requires_grad=requires_grad)
         deferred._waiting = waiting
         return deferred
 
@@ -170,57 +184,55 @@ class Deferred(Tensor):
         )
 
 
-class _TracedDeferred(_Waiting):
-    """A `Deferred` for Dynamo, which cannot make tensors of such a class: a plain object, operators and all."""
+class _TracedDeferred:
+    """A `Deferred` for Dynamo, which cannot make tensors of such a class: a plain object with a tensor's operators."""
 
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        return func(*settled(args), **settled(kwargs or {}))
+    def __init__(self, waiting: Waiting) -> None:
+        self._waiting = waiting
+
+    __torch_function__ = Deferred.__torch_function__
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._settled(), name)
+        return getattr(self._waiting.settled(), name)
 
 
 def _of_settled(name: str) -> Callable[..., Any]:
-    return lambda self, *args: getattr(self._settled(), name)(*settled(args))
+    return lambda self, *args: getattr(self._waiting.settled(), name)(*settled(args))
 
 
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"):
-    for _operator in (f"__{_name}__", f"__r{_name}__", f"__i{_name}__"):
-        setattr(_TracedDeferred, _operator, _of_settled(_operator))
-for _operator in (
-    "__neg__",
-    "__abs__",
-    "__invert__",
-    "__getitem__",
-    "__len__",
-    "__iter__",
-    "__lt__",
-    "__le__",
+for _name in (
+    *("add", "radd", "iadd", "sub", "rsub", "isub", "mul", "rmul", "imul", "truediv", "rtruediv", "itruediv"),
+    *(
+        "floordiv",
+        "rfloordiv",
+        "mod",
+        "pow",
+        "rpow",
+        "matmul",
+        "rmatmul",
+        "and",
+        "or",
+        "xor",
+        "neg",
+        "abs",
+        "invert",
+    ),
+    *("lt", "le", "gt", "ge", "eq", "ne", "getitem", "setitem", "len", "iter", "bool", "float", "int"),
 ):
-    setattr(_TracedDeferred, _operator, _of_settled(_operator))
-for _operator in ("__gt__", "__ge__", "__bool__", "__float__", "__int__", "__setitem__"):
-    setattr(_TracedDeferred, _operator, _of_settled(_operator))
+    setattr(_TracedDeferred, f"__{_name}__", _of_settled(f"__{_name}__"))
 
 
-def _waiting_in(value: Any) -> _Waiting | None:
-    if type(value) is Deferred:
-        return value._waiting
-    return value if type(value) is _TracedDeferred else None
+def waiting_in(value: Any) -> Waiting | None:
+    """The convolution that a value stands for, if it stands for one."""
+    return value._waiting if type(value) in (Deferred, _TracedDeferred) else None
 
 
 def settled(value: Any) -> Any:
     """The value, with every deferred convolution in it (in tuples, lists and dicts too) replaced by its output."""
-    waiting = _waiting_in(value)
+    waiting = waiting_in(value)
     if waiting is not None:
-        return waiting._settled()
-    if isinstance(value, (tuple, list, dict)) and any(map(_waiting_in, pytree.tree_leaves(value))):
+        return waiting.settled()
+    if isinstance(value, (tuple, list, dict)) and any(map(waiting_in, pytree.tree_leaves(value))):
         return pytree.tree_map(settled, value)
     return value
 
@@ -240,10 +252,9 @@ def _convolution_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         input = args[0] if args else kwargs.get("input")
         pairing = vars(self).get(PAIRING)
-        if isinstance(input, Tensor) and not _waiting_in(input) and pairing and pairing.allows(self):
-            if torch.compiler.is_compiling():
-                return _TracedDeferred(self, original, args, kwargs)
-            return Deferred.of(_Waiting(self, original, args, kwargs))
+        if isinstance(input, Tensor) and not waiting_in(input) and pairing and pairing.allows():
+            waiting = Waiting(self, original, args, kwargs)
+            return _TracedDeferred(waiting) if torch.compiler.is_compiling() else Deferred.of(waiting)
         return _call(original, self, args, kwargs)
 
     return forward
@@ -253,8 +264,8 @@ def _batch_norm_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         for value in (*args, *kwargs.values()):
-            waiting = _waiting_in(value)
-            if waiting is not None and (normalised := waiting._normalised(self)) is not None:
+            waiting = waiting_in(value)
+            if waiting is not None and (normalised := waiting.normalised(self)) is not None:
                 return normalised
         return _call(original, self, args, kwargs)
 
@@ -264,13 +275,16 @@ def _batch_norm_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 def _owning_method(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        scope = vars(self).get(SCOPE)
+        scope, calls = vars(self).get(SCOPE), vars(self).get(FUNCTION_CALLS)
         if scope is None:
             return original(self, *args, **kwargs)
         outer = scope.surroundings
         scope.depth, scope.surroundings = scope.depth + 1, _surroundings()
         try:
-            return settled(original(self, *args, **kwargs))
+            if calls is None or torch.compiler.is_compiling():
+                return settled(original(self, *args, **kwargs))
+            with calls.mode():
+                return settled(original(self, *args, **kwargs))
         finally:
             scope.depth, scope.surroundings = scope.depth - 1, outer
 
@@ -290,6 +304,7 @@ def _train(original: Callable[..., Any]) -> Callable[..., Any]:
 #: Attributes of tuned modules, in their `__dict__`.
 PAIRING: Final = "_convbn_fx_pairing"
 SCOPE: Final = "_convbn_fx_scope"
+FUNCTION_CALLS: Final = "_convbn_fx_function_calls"
 REPORT: Final = "_convbn_fx_report"
 STAYS_IN_EVAL_MODE: Final = "_convbn_fx_stays_in_eval_mode"
 

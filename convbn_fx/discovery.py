@@ -22,6 +22,7 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from convbn_fx import kinds
+from convbn_fx.function_calls import Site, site_of_caller
 from convbn_fx.graph_module import GraphModule
 from convbn_fx.matching import find_pairs_in
 from convbn_fx.records import Match, Pair, Skip, SkipReason
@@ -41,12 +42,16 @@ class OwnedPair:
         owner: The module whose own forward runs both.
         methods: Names of the owner's methods that run both.
         between: Modules inside the owner out of or into which the convolution's output goes on its way.
+        site: Where the convolution is called, if it is a function.
+        to_function: Whether the batch norm is a function.
     """
 
     record: Pair
     owner: str
     methods: frozenset[str]
     between: frozenset[str]
+    site: Site | None = None
+    to_function: bool = False
 
 
 @dataclass
@@ -57,6 +62,7 @@ class _Way:
     graph: Graph
     opened: frozenset[str]
     frames: dict[Node, list[tuple[FrameType, str]]]
+    sites: dict[Node, Site | None]
     with_other_gradients: set[Node]
 
 
@@ -169,7 +175,7 @@ def _joined(prefix: str, name: str) -> str:
 def _refusal(match: Match, way: _Way) -> Skip | None:
     """Why a pair that a graph could fuse cannot wait for its batch norm in a forward."""
     name = match.pair.batch_norm
-    if not (isinstance(match.convolution, str) and isinstance(match.batch_norm, str)):
+    if match.convolution_node.op == "call_function" and isinstance(way.root, torch.fx.GraphModule):
         return Skip(name, SkipReason.FUNCTION_CALL)
     if match.convolution_node.users.keys() != {match.batch_norm_node: None}.keys():
         return Skip(name, SkipReason.CONVOLUTION_OUTPUT_USED_ELSEWHERE, "its shape or dtype is read")
@@ -189,7 +195,12 @@ def _owned(match: Match, way: _Way, owner: str) -> OwnedPair:
     )
     between = (convolution ^ batch_norm) & way.opened
     return OwnedPair(
-        record, owner, frozenset(methods | {"forward"}), frozenset(_joined(owner, name) for name in between)
+        record,
+        owner,
+        frozenset(methods | {"forward"}),
+        frozenset(_joined(owner, name) for name in between),
+        way.sites.get(match.convolution_node),
+        match.batch_norm_node.op == "call_function",
     )
 
 
@@ -240,6 +251,7 @@ class _Explorer(Tracer):
         self.decisions = list(decisions)
         self.taken = 0
         self.frames: dict[Node, list[tuple[FrameType, str]]] = {}
+        self.sites: dict[Node, Site | None] = {}
         self.with_other_gradients: set[Node] = set()
 
     def proxy(self, node: Node) -> Proxy:
@@ -305,6 +317,8 @@ class _Explorer(Tracer):
             or target in kinds.BATCH_NORM_FUNCTIONS
         ):
             self.frames[node] = list(_methods_running(self.root))
+            if kind == "call_function":
+                self.sites[node] = site_of_caller(sys._getframe(1))
             if torch.is_grad_enabled() != self.context[0]:
                 self.with_other_gradients.add(node)
         return node
@@ -352,7 +366,9 @@ def _ways(root: nn.Module, opened: frozenset[str]) -> Iterator[_Way]:
             with suppress(Exception):  # a forward may raise anything, and this one is given guesses
                 explorer.trace(root)
             explorer.create_node("call_function", _kept, tuple(_nodes_in_attributes(root)), {})
-        yield _Way(root, explorer.graph, opened, explorer.frames, explorer.with_other_gradients)
+        yield _Way(
+            root, explorer.graph, opened, explorer.frames, explorer.sites, explorer.with_other_gradients
+        )
         pending += [
             (training, given_all, (*explorer.decisions[:taken], False))
             for taken in range(len(decisions), len(explorer.decisions))

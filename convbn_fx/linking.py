@@ -1,13 +1,25 @@
 """What `tune` changes in a model: gives modules their parts in the pairs that were discovered, and files the report."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
-from convbn_fx.deferral import PAIRING, REPORT, SCOPE, STAYS_IN_EVAL_MODE, Pairing, Scope, ScopeHooks, become
+from convbn_fx.deferral import (
+    FUNCTION_CALLS,
+    PAIRING,
+    REPORT,
+    SCOPE,
+    STAYS_IN_EVAL_MODE,
+    Pairing,
+    Scope,
+    ScopeHooks,
+    become,
+)
 from convbn_fx.discovery import OwnedPair
+from convbn_fx.function_calls import FunctionCalls
 from convbn_fx.records import Pair, Report, Skip
 
 
@@ -27,18 +39,47 @@ def link(model: nn.Module, pair: OwnedPair) -> None:
             owner.register_forward_hook(hooks.leave, always_call=True)
     if not isinstance(owner, torch.fx.GraphModule):
         become(owner, "owner", pair.methods)
-    conv, norm = (model.get_submodule(name) for name in (pair.record.convolution, pair.record.batch_norm))
-    become(conv, "convolution")
-    become(norm, "batch_norm")
-    pairing = vars(conv).setdefault(PAIRING, Pairing())
+    pairing = _pairing(model, pair, owner)
+    pairing.to_function |= pair.to_function
     _add(pairing.scopes, vars(owner)[SCOPE])
-    _add(pairing.norms, norm)
-    for name in pair.between:
-        _add(pairing.between, model.get_submodule(name))
+    names = [*pair.between, *([] if pair.site else [pair.record.convolution])]
+    if not pair.to_function:
+        names.append(pair.record.batch_norm)
+        norm = model.get_submodule(pair.record.batch_norm)
+        become(norm, "batch_norm")
+        _add(pairing.norms, norm)
+    for name in names:
+        _add(pairing.watched, model.get_submodule(name))
+        pairing.places += [place for place in _places(model, name, pair.owner) if place not in pairing.places]
+
+
+def _pairing(model: nn.Module, pair: OwnedPair, owner: nn.Module) -> Pairing:
+    """Where the convolution looks up what it knows: on the module, or by the place in the owner that calls it."""
+    if pair.site or pair.to_function:
+        vars(owner).setdefault(FUNCTION_CALLS, FunctionCalls())
+    if pair.site:
+        return vars(owner)[FUNCTION_CALLS].sites.setdefault(pair.site, Pairing())  # type: ignore[no-any-return]
+    conv = model.get_submodule(pair.record.convolution)
+    become(conv, "convolution")
+    return vars(conv).setdefault(PAIRING, Pairing())  # type: ignore[no-any-return]
+
+
+def _add(values: list[Any], value: object) -> None:
+    if not any(value is other for other in values):
+        values.append(value)
+
+
+def _places(model: nn.Module, name: str, owner: str) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Parent, name and child of each step from the owner to a module inside it."""
+    parent = model.get_submodule(owner)
+    for step in name[len(owner) + 1 if owner else 0 :].split("."):
+        child = parent.get_submodule(step)
+        yield parent, step, child
+        parent = child
 
 
 def _add(values: list[object], value: object) -> None:
-    if not any(value is other for other in values):
+    if value is not None and not any(value is other for other in values):
         values.append(value)
 
 

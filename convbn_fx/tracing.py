@@ -2,8 +2,9 @@
 
 Whatever tracing walks through is baked in: branches taken, `self.training`, optional arguments. So the tracer walks
 through as little as it can. A module that holds no batch norm stays a leaf, whatever it does (dropout, stochastic
-depth, attention, squeeze-and-excitation), and so does one with hooks. A leaf whose output a batch norm reads is
-opened afterwards, if it holds a convolution and can be traced: that is where a pair crosses a module's border.
+depth, attention, squeeze-and-excitation), and so does one with hooks, or one that timm lists as not traceable. A leaf
+whose output a batch norm reads is opened afterwards, if it holds a convolution and can be traced: that is where a pair
+crosses a module's border.
 """
 
 import copy
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from convbn_fx import kinds
+from convbn_fx import kinds, libraries
 from convbn_fx.graph_module import GraphModule
 
 
@@ -76,7 +77,7 @@ class Tracer(torch.fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(self, opened: frozenset[str] = frozenset(), closed: frozenset[str] = frozenset()) -> None:
-        super().__init__()
+        super().__init__(autowrap_functions=libraries.functions_kept_whole())
         self.context = _context()
         self.opened = opened
         self.closed = closed
@@ -94,7 +95,7 @@ class Tracer(torch.fx.Tracer):
             return True
         if module_qualified_name in self.opened:
             return False
-        return not kinds.may_hold_batch_norm(m)
+        return libraries.is_kept_whole(m) or not kinds.may_hold_batch_norm(m)
 
     def create_arg(self, a: Any) -> Any:
         """Makes a value an argument of a node. An OrderedDict stays one, where torch.fx would write a dict."""

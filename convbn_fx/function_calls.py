@@ -1,0 +1,81 @@
+"""Pairs of functions: convolutions and batch norms that a forward calls as functions, not as modules.
+
+There is no module to give a part to. While the forward that owns such pairs runs, a `TorchFunctionMode` sees the
+functions it calls: a convolution called where one was discovered waits, as a module would, and a batch norm that is
+called with one that waits is computed with it.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from convbn_fx import kinds
+from convbn_fx.arithmetic import convolution
+from convbn_fx.deferral import Deferred, Pairing, Waiting, waiting_in
+
+#: Where a function is called: the module and the qualified name of the code that calls it.
+Site = tuple[str, str]
+
+
+def site_of_caller(frame: FrameType | None) -> Site | None:
+    """The code that called PyTorch, seen from inside it; None where that is PyTorch's own."""
+    while frame is not None:
+        name = str(frame.f_globals.get("__name__", ""))
+        if not name.startswith(
+            ("torch.nn.functional", "torch.overrides", "torch.fx", "torch._ops", "convbn_fx.")
+        ):
+            return (name, frame.f_code.co_qualname)
+        frame = frame.f_back
+    return None
+
+
+@dataclass
+class FunctionCalls:
+    """What the owner of pairs knows of those that are functions.
+
+    Attributes:
+        sites: Where it calls convolutions that batch norms follow.
+    """
+
+    sites: dict[Site, Pairing] = field(default_factory=dict)
+
+    def mode(self) -> "_FunctionPairs":
+        """A mode to run the owner's forward in."""
+        return _FunctionPairs(self.sites)
+
+
+class _FunctionPairs(TorchFunctionMode):
+    def __init__(self, sites: dict[Site, Pairing]) -> None:
+        super().__init__()
+        self.sites = sites
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in kinds.CONVOLUTION_FUNCTIONS and self._may_wait(sys._getframe(1)):
+            input, conv = kinds.CONVOLUTION_FUNCTIONS[func].operands(*args, **kwargs)
+            if isinstance(input, Tensor) and not any(map(waiting_in, (input, *conv))):
+                return Deferred.of(Waiting(conv, convolution, (input,), {}))
+        kind = kinds.BATCH_NORM_FUNCTIONS.get(func)
+        if kind is not None and kind.output_index is None and any(map(waiting_in, (*args, *kwargs.values()))):
+            input, training, norm = kind.operands(*args, **kwargs)
+            waiting = waiting_in(input)
+            if waiting is not None and training is False:
+                normalised = waiting.normalised(norm)
+                if normalised is not None:
+                    return normalised
+        return func(*args, **kwargs)
+
+    def _may_wait(self, frame: FrameType) -> bool:
+        pairing = self.sites.get(site_of_caller(frame) or ("", ""))
+        return pairing is not None and pairing.allows()
