@@ -5,16 +5,19 @@ their own. References from module to module (bound methods, lists of modules) le
 """
 
 import copy
+import copyreg
 import functools
 import sys
 import weakref
 from collections import OrderedDict, defaultdict, deque
-from types import MethodType
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable
+from types import CellType, FunctionType, MethodType
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import nn
 from torch.nn.modules.module import _WrappedHook
+from torch.utils.hooks import RemovableHandle
 
 from convbn_fx import kinds
 from convbn_fx.deferral import FUNCTION_CALLS, PAIRING, REPORT, SCOPE, remade
@@ -73,8 +76,11 @@ def _class_of_its_own(cls: type[nn.Module]) -> type[nn.Module]:
 
 def _untuned(module: nn.Module) -> type[nn.Module]:
     cls = type(module)
-    if nn.utils.parametrize.is_parametrized(module) and kinds.TUNED_FROM in vars(cls.__bases__[0]):
-        return remade(cls, vars(cls.__bases__[0])[kinds.TUNED_FROM])
+    if nn.utils.parametrize.is_parametrized(
+        module
+    ):  # PyTorch takes properties off this class when it unparametrises
+        (base,) = cls.__bases__
+        return remade(cls, vars(base).get(kinds.TUNED_FROM, base))
     original: type[nn.Module] = vars(cls).get(kinds.TUNED_FROM, cls)
     return original
 
@@ -90,6 +96,9 @@ def _fill(blank: nn.Module, module: nn.Module, copies: dict[int, Any]) -> None:
         for name, value in vars(module).items()
         if name not in (PAIRING, SCOPE, FUNCTION_CALLS, REPORT)
     )
+    for name in copyreg._slotnames(type(module)):  # type: ignore[attr-defined] # as copy.copy does
+        if hasattr(module, name):
+            setattr(blank, name, getattr(module, name))
     # The very same dictionary: `to()` replaces buffers where it changes parameters in place.
     vars(blank)["_buffers"] = module._buffers
 
@@ -98,24 +107,98 @@ def _mirrored(value: Any, copies: dict[int, Any]) -> Any:
     """The value, with every module of the model in it replaced by its copy, and with containers of its own."""
     if id(value) in copies:
         return copies[id(value)]
-    mirrored: Any = value
-    if type(value) in (list, set, deque, dict, OrderedDict, defaultdict):
-        copies[id(value)] = mirrored = copy.copy(value)
-        content = [_mirrored(item, copies) for item in (value.items() if isinstance(value, dict) else value)]
-        mirrored.clear()
-        (mirrored.extend if isinstance(mirrored, (list, deque)) else mirrored.update)(content)
-    elif type(value) is tuple:
-        mirrored = tuple(_mirrored(item, copies) for item in value)
-    elif type(value) is MethodType:
-        mirrored = MethodType(value.__func__, _mirrored(value.__self__, copies))
-    elif type(value) is functools.partial:
-        function, args, keywords = (
-            _mirrored(part, copies) for part in (value.func, value.args, value.keywords)
-        )
-        mirrored = functools.partial(function, *args, **keywords)
-    elif type(value) is _WrappedHook:
-        module = _mirrored(value.module(), copies) if value.with_module else None
-        mirrored = _WrappedHook(_mirrored(value.hook, copies), module)
-    elif type(value) is weakref.ReferenceType and id(value()) in copies:
-        mirrored = weakref.ref(copies[id(value())])
+    mirror = _MIRRORS.get(type(value))
+    if mirror is not None:
+        return mirror(value, copies)
+    if hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module, torch.Tensor)):
+        return _mirrored_object(value, copies)
+    return value
+
+
+def _mirrored_container(value: Any, copies: dict[int, Any]) -> Any:
+    copies[id(value)] = mirrored = copy.copy(value)
+    content = [_mirrored(item, copies) for item in (value.items() if isinstance(value, dict) else value)]
+    mirrored.clear()
+    (mirrored.extend if isinstance(mirrored, (list, deque)) else mirrored.update)(content)
     return mirrored
+
+
+def _mirrored_partial(value: Any, copies: dict[int, Any]) -> Any:
+    function, args, keywords = (_mirrored(part, copies) for part in (value.func, value.args, value.keywords))
+    return functools.partial(function, *args, **keywords)
+
+
+def _mirrored_hook(value: Any, copies: dict[int, Any]) -> Any:
+    module = _mirrored(value.module(), copies) if value.with_module else None
+    return _WrappedHook(_mirrored(value.hook, copies), module)
+
+
+def _mirrored_object(value: Any, copies: dict[int, Any]) -> Any:
+    """An object of any other class: copied if it holds a module of the model."""
+    if not _refers_to_a_copy(vars(value).values(), copies):
+        return value
+    copies[id(value)] = mirrored = copy.copy(value)
+    vars(mirrored).update((name, _mirrored(part, copies)) for name, part in vars(value).items())
+    return mirrored
+
+
+def _refers_to_a_copy(values: Iterable[Any], copies: dict[int, Any]) -> bool:
+    """Whether one of the values is a module that has a copy, or a bound method of one."""
+    owners = (getattr(value, "__self__", value) for value in values)
+    return any(isinstance(owner, nn.Module) and id(owner) in copies for owner in owners)
+
+
+def _cells(function: FunctionType) -> list[Any]:
+    """The values that a function closes over."""
+    return [value for cell in function.__closure__ or () for value in _contents(cell)]
+
+
+def _contents(cell: CellType) -> list[Any]:
+    try:
+        return [cell.cell_contents]
+    except ValueError:  # nothing has been assigned to it yet
+        return []
+
+
+def _mirrored_function(function: FunctionType, copies: dict[int, Any]) -> FunctionType:
+    """The function, closing over the copies."""
+    if not _refers_to_a_copy(_cells(function), copies):
+        return function
+    cells = tuple(
+        CellType(_mirrored(cell.cell_contents, copies))
+        if _refers_to_a_copy(_contents(cell), copies)
+        else cell
+        for cell in function.__closure__ or ()
+    )
+    mirrored = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, cells
+    )
+    mirrored.__kwdefaults__ = function.__kwdefaults__
+    vars(mirrored).update(vars(function))
+    return mirrored
+
+
+def _mirrored_handle(handle: RemovableHandle, copies: dict[int, Any]) -> RemovableHandle:
+    """The handle, of the hook in the copy's own dictionary."""
+    hooks = handle.hooks_dict_ref()
+    others = [reference() for reference in getattr(handle, "extra_dict_ref", ())]
+    mirrored = RemovableHandle(
+        _mirrored(hooks, copies) if hooks is not None else OrderedDict(),
+        extra_dict=[_mirrored(other, copies) for other in others if other is not None],
+    )
+    mirrored.id = handle.id
+    return mirrored
+
+
+_MIRRORS: Final[dict[type, Callable[[Any, dict[int, Any]], Any]]] = {
+    **dict.fromkeys((list, set, deque, dict, OrderedDict, defaultdict), _mirrored_container),
+    tuple: lambda value, copies: tuple(_mirrored(item, copies) for item in value),
+    MethodType: lambda value, copies: MethodType(value.__func__, _mirrored(value.__self__, copies)),
+    functools.partial: _mirrored_partial,
+    FunctionType: _mirrored_function,
+    _WrappedHook: _mirrored_hook,
+    RemovableHandle: _mirrored_handle,
+    weakref.ReferenceType: lambda value, copies: (
+        weakref.ref(copies[id(value())]) if id(value()) in copies else value
+    ),
+}

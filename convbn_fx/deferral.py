@@ -1,11 +1,12 @@
-"""What a tuned model does at run time: a convolution that waits for the batch norm after it.
+"""What a tuned model does at run time: a convolution that does its batch norm's work, and tells nobody but it.
 
 [`tune`][convbn_fx.tune] leaves every forward as its author wrote it. A convolution that is followed by a frozen batch
-norm returns a [`Deferred`][convbn_fx.deferral.Deferred] in place of its output: its batch norm takes that and computes
-both as one; anything else that touches it gets the convolution's output, computed there and then. So whatever path a
-forward takes, foreseen or not, its result is that of the untouched model.
+norm computes both as one, and returns a [`Deferred`][convbn_fx.deferral.Deferred] in the place of its output. Its batch
+norm takes the result out of it; for anything else that touches it, the convolution's own output is computed there and
+then, from the operands of its call. So whatever path a forward takes, foreseen or not, its result is that of the
+untouched model.
 
-A convolution defers only while the forward that runs the pair is running (its [`Scope`][convbn_fx.deferral.Scope] is
+A convolution does so only while the forward that runs the pair is running (its [`Scope`][convbn_fx.deferral.Scope] is
 open), and only if its output reaches the batch norm unseen by hooks. What leaves that forward is a tensor again.
 
 The convolution, the batch norm and the module that owns the forward are of generated subclasses, which keep the name,
@@ -15,7 +16,9 @@ the methods and the state of the original class.
 import functools
 import threading
 import types
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -26,8 +29,9 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from convbn_fx import kinds
+from convbn_fx.arithmetic import convolution
 from convbn_fx.autocast import autocast_state, in_autocast_state
-from convbn_fx.functional import normalised_convolution
+from convbn_fx.functional import finished, normalised_convolution
 from convbn_fx.operands import BatchNorm, Convolution
 
 # --- Where deferring is allowed ----------------------------------------------------------------------------------
@@ -39,25 +43,49 @@ class Scope(threading.local):
     Attributes:
         depth: How many calls of it are running.
         surroundings: What was around the innermost of them when it began.
+        waiting: The convolutions that have been called in it.
     """
 
-    depth = 0
-    surroundings: tuple[object, ...] = ()
+    def __init__(self) -> None:
+        self.depth = 0
+        self.surroundings: tuple[object, ...] = ()
+        self.waiting: list[weakref.ReferenceType[Waiting]] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles and copies as a closed one."""
         return Scope, ()
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Opens the scope for one call."""
+        outer = self.surroundings, self.waiting
+        self.depth, self.surroundings, self.waiting = self.depth + 1, _surroundings(), []
+        try:
+            yield
+        finally:
+            for reference in self.waiting:
+                kept = reference()
+                if (
+                    kept is not None
+                ):  # somebody has kept the output, and may read it when the weights are others
+                    kept.settle_for_later()
+            self.depth -= 1
+            self.surroundings, self.waiting = outer
 
     def is_open_here(self) -> bool:
         """Whether the forward is running, outside of any region in it that is recomputed or has no gradients."""
         return self.depth > 0 and self.surroundings == _surroundings()
 
 
-def _surroundings() -> tuple[object, ...]:
-    """Grad mode, and the hooks on saved tensors by which checkpointing recomputes and offloading moves."""
+def _surroundings() -> tuple[bool, *tuple[object, ...]]:
+    """Grad mode, the hooks on saved tensors by which regions are recomputed or offloaded, and a backward pass."""
     if torch.compiler.is_compiling():
         return (torch.is_grad_enabled(),)
-    return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return torch.is_grad_enabled(), _hooks(), torch._C._current_graph_task_id()
+
+
+def _hooks() -> Any:
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 @dataclass
@@ -94,61 +122,99 @@ class Pairing:
 
 
 class Waiting:
-    """A convolution that has been called and has not run, and what it takes to run it as it would have then."""
+    """A convolution that has been called, the operands of the call, and what its batch norm will make of it.
 
-    def __init__(
-        self,
-        conv: nn.Module | Convolution,
-        forward: Callable[..., Tensor],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> None:
-        self._conv = conv
-        self._forward = forward
-        self._args = args
-        self._kwargs = kwargs
-        self._output: Tensor | None = None
-        self._autocast = autocast_state(self._device_type())
-        self._versions = self._operand_versions()
+    Args:
+        input: The input, as the convolution itself takes it (padded, say).
+        conv: The other operands.
+        norm: The batch norm that is to come, if only one can; its work is done here.
+    """
 
-    def _device_type(self) -> str:
-        input: Tensor = self._args[0] if self._args else self._kwargs["input"]
-        return input.device.type
-
-    def _operand_versions(self) -> list[int]:
-        """Counters that move on when an operand of the convolution is changed in place."""
-        if torch.compiler.is_compiling():
-            return []
-        parameters = self._conv._parameters.values() if isinstance(self._conv, nn.Module) else self._conv
-        values = (*self._args, *self._kwargs.values(), *parameters)
-        return [value._version for value in values if isinstance(value, Tensor) and not value.is_inference()]
-
-    def _check_operands(self) -> None:
-        if self._versions != self._operand_versions():
-            raise RuntimeError(
-                f"the input or a parameter of this {type(self._conv).__name__} was changed in place between it and the "
-                "batch norm after it, on a path of the forward that was not foreseen. tune(model, modules=[...]) "
-                "names the modules to tune: leave the one around this pair out"
-            )
+    def __init__(self, input: Tensor, conv: Convolution, norm: nn.Module | None) -> None:
+        self.input = input
+        self.conv = conv
+        self.norm = norm
+        self.normalised = None if norm is None else normalised_convolution(input, conv, norm)
+        self.output: Tensor | None = None
+        self.autocast = autocast_state(input.device.type)
+        self.surroundings = _surroundings()
+        self.operands = _states((input, *conv))
+        self.norm_operands = None if norm is None else _operand_states(norm)
 
     def settled(self) -> Tensor:
-        """The convolution's output."""
-        if self._output is None:
-            self._check_operands()
-            with in_autocast_state(self._device_type(), self._autocast):
-                self._output = self._forward(self._conv, *self._args, **self._kwargs)
-        return self._output
+        """The convolution's own output."""
+        if self.output is None:
+            if self.operands != _states((self.input, *self.conv)):
+                raise RuntimeError(
+                    "the input or a parameter of a convolution was changed in place before its output was read, on a "
+                    "path of the forward that was not foreseen. tune(model, modules=[...]) names the modules to tune: "
+                    "leave the one around this convolution out"
+                )
+            with self._in_surroundings_of_the_call():
+                self.output = convolution(self.conv, self.input)
+        return self.output
 
-    def normalised(self, norm: nn.Module | BatchNorm) -> Tensor | None:
-        """The output of the batch norm after the convolution, both in one; None where they have to run apart."""
-        if self._output is not None or self._autocast != autocast_state(self._device_type()):
+    @contextmanager
+    def _in_surroundings_of_the_call(self) -> Iterator[None]:
+        """Undoes what has been entered since: a region that is recomputed must save what it saves in Eval mode."""
+        entered = []
+        while (
+            not torch.compiler.is_compiling() and _hooks() is not None and _hooks() not in self.surroundings
+        ):
+            entered.append(_hooks())
+            torch._C._autograd._pop_saved_tensors_default_hooks()
+        try:
+            state = in_autocast_state(self.input.device.type, self.autocast)
+            with state, torch.set_grad_enabled(self.surroundings[0]):
+                yield
+        finally:
+            for hooks in reversed(entered):
+                torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
+
+    def settle_for_later(self) -> None:
+        """Settles, unless that has become impossible, which is nobody's concern before the output is read."""
+        with suppress(RuntimeError):
+            self.settled()
+
+    def taken_by(self, norm: nn.Module | BatchNorm) -> Tensor | None:
+        """The output normalised; None where the batch norm has to look at the output itself."""
+        moved = self.surroundings != _surroundings() or self.autocast != autocast_state(
+            self.input.device.type
+        )
+        if self.output is not None or moved:
             return None
-        self._check_operands()
-        return normalised_convolution(self._conv, norm, *self._args, **self._kwargs)
+        if self.norm is None:  # which one would come was not known
+            unchanged = self.operands == _states((self.input, *self.conv))
+            return normalised_convolution(self.input, self.conv, norm) if unchanged else None
+        if self.norm is not norm or not kinds.is_frozen(norm) or self.norm_operands != _operand_states(norm):
+            return None
+        return self.normalised
+
+
+def _states(operands: Iterable[Any]) -> list[object]:
+    """What changes when one of the operands is changed in place."""
+    if torch.compiler.is_compiling():
+        return []
+    tensors = [operand for operand in operands if isinstance(operand, Tensor)]
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+def _operand_states(norm: nn.Module) -> tuple[object, ...]:
+    operands = kinds.batch_norm_kind(norm).operands(norm)  # type: ignore[union-attr] # it has a part in a pair
+    return operands.eps, [id(operand) for operand in operands[:4]], _states(operands)
+
+
+# What the output has in common with the normalised one.
+_METADATA: Final = frozenset(
+    {
+        *(Tensor.shape.__get__, Tensor.ndim.__get__, Tensor.dtype.__get__, Tensor.device.__get__),  # type: ignore[attr-defined]
+        *(Tensor.size, Tensor.dim, Tensor.numel),
+    }
+)
 
 
 class Deferred(Tensor):
-    """The output of a convolution that has not run yet. To everyone but its batch norm it is that tensor."""
+    """The output of a convolution, not computed yet. To everyone but its batch norm it is that tensor."""
 
     _waiting: Waiting
 
@@ -171,6 +237,8 @@ class Deferred(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Any function of PyTorch computes with the convolution's output."""
+        if func in _METADATA and args[0]._waiting.normalised is not None:
+            return func(args[0]._waiting.normalised, *args[1:])
         return func(*settled(args), **settled(kwargs or {}))
 
     @classmethod
@@ -232,16 +300,16 @@ def settled(value: Any) -> Any:
     waiting = waiting_in(value)
     if waiting is not None:
         return waiting.settled()
-    if isinstance(value, (tuple, list, dict)) and any(map(waiting_in, pytree.tree_leaves(value))):
-        return pytree.tree_map(settled, value)
-    return value
-
-
-def _call(
-    function: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Calls a forward whose arguments are tensors, with none of them deferred."""
-    return function(module, *map(settled, args), **{name: settled(value) for name, value in kwargs.items()})
+    if not isinstance(value, (tuple, list, dict)):
+        return value
+    parts = value.values() if isinstance(value, dict) else value
+    if all(
+        isinstance(part, Tensor) and waiting_in(part) is None for part in parts
+    ):  # as a forward's arguments are
+        return value
+    if all(waiting_in(leaf) is None for leaf in pytree.tree_leaves(value)):
+        return value
+    return pytree.tree_map(settled, value)
 
 
 # --- The generated classes ---------------------------------------------------------------------------------------
@@ -250,14 +318,41 @@ def _call(
 def _convolution_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        input = args[0] if args else kwargs.get("input")
-        pairing = vars(self).get(PAIRING)
-        if isinstance(input, Tensor) and not waiting_in(input) and pairing and pairing.allows():
-            waiting = Waiting(self, original, args, kwargs)
-            return _TracedDeferred(waiting) if torch.compiler.is_compiling() else Deferred.of(waiting)
-        return _call(original, self, args, kwargs)
+        pairing, kind = vars(self).get(PAIRING), kinds.convolution_kind(self)
+        if pairing is not None and kind is not None and pairing.allows():
+            args, kwargs = settled(args), settled(kwargs)
+            deferred = defer(*kind.operands(self, *args, **kwargs), pairing)
+            if deferred is not None:
+                return deferred
+        return original(self, *settled(args), **settled(kwargs))
 
     return forward
+
+
+def defer(input: Any, conv: Convolution, pairing: Pairing) -> Any:
+    """Calls a convolution together with the batch norm after it.
+
+    Args:
+        input: The convolution's input.
+        conv: Its other operands.
+        pairing: What is known of the way to its batch norms.
+
+    Returns:
+        What stands for the convolution's output; None where the two have to run apart.
+    """
+    if not isinstance(input, Tensor):
+        return None
+    if not torch.compiler.is_compiling() and input.is_inference():  # it has no version to tell changes by
+        return None
+    (norm,) = pairing.norms if len(pairing.norms) == 1 and not pairing.to_function else (None,)
+    waiting = Waiting(input, conv, norm)
+    if norm is not None and waiting.normalised is None:
+        return None
+    if torch.compiler.is_compiling():
+        return _TracedDeferred(waiting)
+    for scope in pairing.scopes:
+        scope.waiting.append(weakref.ref(waiting))
+    return Deferred.of(waiting)
 
 
 def _batch_norm_forward(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -265,9 +360,9 @@ def _batch_norm_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         for value in (*args, *kwargs.values()):
             waiting = waiting_in(value)
-            if waiting is not None and (normalised := waiting.normalised(self)) is not None:
-                return normalised
-        return _call(original, self, args, kwargs)
+            if waiting is not None and (normalised := waiting.taken_by(self)) is not None:
+                return finished(self, normalised)
+        return original(self, *settled(args), **settled(kwargs))
 
     return forward
 
@@ -278,15 +373,9 @@ def _owning_method(original: Callable[..., Any]) -> Callable[..., Any]:
         scope, calls = vars(self).get(SCOPE), vars(self).get(FUNCTION_CALLS)
         if scope is None:
             return original(self, *args, **kwargs)
-        outer = scope.surroundings
-        scope.depth, scope.surroundings = scope.depth + 1, _surroundings()
-        try:
-            if calls is None or torch.compiler.is_compiling():
-                return settled(original(self, *args, **kwargs))
-            with calls.mode():
-                return settled(original(self, *args, **kwargs))
-        finally:
-            scope.depth, scope.surroundings = scope.depth - 1, outer
+        as_functions = None if torch.compiler.is_compiling() else calls
+        with scope.opened(), nullcontext() if as_functions is None else as_functions.mode():
+            return settled(original(self, *args, **kwargs))
 
     return method
 
@@ -371,8 +460,20 @@ def _tuned_class(cls: type[nn.Module], role: str, methods: frozenset[str]) -> ty
 
     body |= {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
     body |= {"__reduce_ex__": reduce, kinds.TUNED_FROM: cls, _METHODS: methods}
-    tuned: type[nn.Module] = types.new_class(cls.__name__, (cls,), exec_body=lambda names: names.update(body))
+    tuned = _derived(cls, body)
     return _tuned_classes.setdefault((cls, role, methods), tuned)
+
+
+def _derived(cls: type[nn.Module], body: dict[str, Any]) -> type[nn.Module]:
+    """A subclass of which `__init_subclass__` is not told, by which some classes keep registers."""
+    derived: type[nn.Module] = types.new_class(
+        cls.__name__, (nn.Module,), {"metaclass": type(cls)}, lambda namespace: namespace.update(body)
+    )
+    try:
+        derived.__bases__ = (cls,)
+    except TypeError:  # a class with slots is laid out in another way
+        derived = types.new_class(cls.__name__, (cls,), exec_body=lambda namespace: namespace.update(body))
+    return derived
 
 
 def _restored(cls: type[nn.Module], role: str, methods: frozenset[str], *args: Any) -> nn.Module:
@@ -386,12 +487,20 @@ class ScopeHooks:
 
     def __init__(self, scope: Scope) -> None:
         self.scope = scope
+        self.calls: list[AbstractContextManager[None]] = []
 
     def enter(self, *_: Any) -> None:
         """A pre-forward hook."""
-        self.scope.depth, self.scope.surroundings = self.scope.depth + 1, _surroundings()
+        self.calls.append(self.scope.opened())
+        self.calls[-1].__enter__()
 
     def leave(self, *call: Any) -> Any:
         """A forward hook that is always called."""
-        self.scope.depth -= 1
-        return settled(call[-1])
+        try:
+            return settled(call[-1])
+        finally:
+            self.calls.pop().__exit__(None, None, None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles and copies with no call under way."""
+        return ScopeHooks, (self.scope,)

@@ -6,10 +6,12 @@ branch on data is taken both ways, a loop over a tensor is short, an optional ar
 a forward did before it raised counts as well.
 """
 
+import gc
 import inspect
 import operator
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -20,17 +22,19 @@ from typing import Any, Final
 import torch
 from torch import nn
 from torch.fx import Graph, Node
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from convbn_fx import kinds
 from convbn_fx.function_calls import Site, site_of_caller
 from convbn_fx.graph_module import GraphModule
 from convbn_fx.matching import find_pairs_in
 from convbn_fx.records import Match, Pair, Skip, SkipReason
-from convbn_fx.tracing import Proxy, Tracer, left_as_found
+from convbn_fx.tracing import Proxy, Tracer, attributes_as_found, left_as_found
 
 # Of one forward so many ways are looked at, on each of which so many branches are taken.
 _WAYS: Final = 16
 _BRANCHES: Final = 64
+_NODES: Final = 20_000
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class _Way:
     root: nn.Module
     graph: Graph
     opened: frozenset[str]
-    frames: dict[Node, list[tuple[FrameType, str]]]
+    methods: dict[Node, set[tuple[int, str]]]
     sites: dict[Node, Site | None]
     with_other_gradients: set[Node]
 
@@ -93,28 +97,62 @@ def discover(model: nn.Module, include_training: bool = False) -> Discovery:
     """
     pairs: dict[tuple[str, str], OwnedPair] = {}
     skips: dict[str, Skip] = {}
+    decided: dict[str, Skip] = {}  # those that no other way through a forward outvotes
     used_apart: set[int] = set()
     ends = _Ends(set(), set())
-    # Children first: how their forwards begin and end decides whether their parent looks inside them.
-    for name, module in reversed(list(model.named_modules())):
-        if _is_leaf(module):
-            continue
-        for way in _explore(module, ends):
-            ends.learn(way)
-            matches, refusals = find_pairs_in(way.graph, module, include_training)
-            judged = [(match, _refusal(match, way)) for match in matches]
-            taken = [match for match, refusal in judged if refusal is None]
-            refusals += [refusal for _, refusal in judged if refusal is not None]
-            for match in taken:
-                pair = _owned(match, way, name)
-                pairs.setdefault((pair.record.convolution, pair.record.batch_norm), pair)
-            for skip in refusals:  # the outermost forward knows best
-                skips[_joined(name, skip.batch_norm)] = skip.prefixed(name)
-            used_apart |= _used_apart(way, taken)
+    with left_as_found(model):
+        # Children first: how their forwards begin and end decides whether their parent looks inside them.
+        for name, module in _with_forwards_of_their_own(model):
+            for way in _explore(module, ends):
+                ends.learn(way)
+                matches, refusals = find_pairs_in(way.graph, module, include_training)
+                judged = [(match, _refusal(match, way)) for match in matches]
+                taken = [match for match, refusal in judged if refusal is None]
+                refusals += [refusal for _, refusal in judged if refusal is not None]
+                for pair in (_owned(match, way, name) for match in taken):
+                    pairs.setdefault((pair.record.convolution, pair.record.batch_norm), pair)
+                for skip in (
+                    refusal.prefixed(name) for refusal in refusals
+                ):  # the outermost forward knows best
+                    skips[skip.batch_norm] = skip
+                    if skip.reason is SkipReason.MODIFIED_IN_BETWEEN:
+                        decided[skip.batch_norm] = skip
+                for output in _kept_outputs(way):
+                    decided[_joined(name, output)] = _KEPT
+                used_apart |= _used_apart(way, taken)
+    for key, pair in list(pairs.items()):
+        decision = decided.get(pair.record.batch_norm) or decided.get(pair.record.convolution)
+        if decision is not None:
+            del pairs[key]
+            skips[pair.record.batch_norm] = replace(decision, batch_norm=pair.record.batch_norm)
     fused = {pair.record.batch_norm for pair in pairs.values()}
     left = [skip for name, skip in skips.items() if name not in fused]
     never_called = _never_called(model, fused | skips.keys())
     return Discovery(list(pairs.values())[::-1], left[::-1] + never_called, used_apart)
+
+
+def _kept_outputs(way: _Way) -> Iterator[str]:
+    """The convolutions whose output is put where the forward's own variables do not reach."""
+    for node in way.graph.nodes:
+        readers = [user for user in node.users if user.target is _kept or _is_stored_by(user, node)]
+        if readers and node in way.methods:
+            yield str(node.target) if node.op == "call_module" else node.name
+
+
+def _is_stored_by(user: Node, node: Node) -> bool:
+    """Whether a method of a container is called with the node."""
+    storing = (
+        "append",
+        "extend",
+        "insert",
+        "add",
+        "update",
+        "setdefault",
+        "appendleft",
+        "put",
+        "__setitem__",
+    )
+    return user.op == "call_method" and user.target in storing and node not in user.args[:1]
 
 
 def _used_apart(way: _Way, matches: list[Match]) -> set[int]:
@@ -134,12 +172,36 @@ def _used_apart(way: _Way, matches: list[Match]) -> set[int]:
     return apart
 
 
+_KEPT: Final = Skip("", SkipReason.CONVOLUTION_OUTPUT_USED_ELSEWHERE, "kept on some path of the forward")
+
+
+def _with_forwards_of_their_own(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules to explore, children first."""
+    in_graphs = {id(module) for graph in _graphs(model) for module in _uncalled(graph)}
+    for name, module in reversed(list(model.named_modules())):
+        if id(module) not in in_graphs and not _is_leaf(module):
+            yield name, module
+
+
+def _graphs(model: nn.Module) -> list[GraphModule]:
+    return [module for module in model.modules() if isinstance(module, GraphModule)]
+
+
+def _uncalled(graph_module: GraphModule) -> Iterator[nn.Module]:
+    """The modules inside a graph that are neither called by a node nor inside one that is."""
+    called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
+    for name, module in graph_module.named_modules():
+        if called.isdisjoint({name, *_enclosing(name)}):
+            yield module
+
+
 def _is_leaf(module: nn.Module) -> bool:
     """Whether nothing is to be learnt from the module's own forward."""
     return (
         kinds.convolution_kind(module) is not None
         or kinds.batch_norm_kind(module) is not None
-        or isinstance(module, (GraphModule, torch.jit.ScriptModule))
+        or isinstance(module, (GraphModule, torch.jit.ScriptModule, LazyModuleMixin))
+        or "forward" in vars(module)  # which the class's generated one could not replace
         or type(module).forward is _NO_FORWARD
         or not any(
             kinds.resembles_convolution(part) or kinds.may_hold_batch_norm(part) for part in module.modules()
@@ -152,11 +214,12 @@ _NO_FORWARD: Final = nn.Module.forward
 
 def _never_called(model: nn.Module, known: set[str]) -> list[Skip]:
     """Skips for the Eval-mode batch norms that no exploration saw; those in graphs are in the graphs' own reports."""
-    in_graphs = {
-        id(part) for graph in model.modules() if isinstance(graph, GraphModule) for part in graph.modules()
-    }
+    in_graphs = {id(part) for graph in _graphs(model) for part in graph.modules()}
+    patched = {name for name, module in model.named_modules() if "forward" in vars(module)}
     return [
         Skip(name, SkipReason.NOT_CALLED)
+        if patched.isdisjoint({"", *_enclosing(name)})
+        else Skip(name, SkipReason.INSIDE_LEAF_MODULE, "the forward of an instance was replaced")
         for name, module in model.named_modules()
         if kinds.resembles_batch_norm(module)
         and not module.training
@@ -185,8 +248,8 @@ def _refusal(match: Match, way: _Way) -> Skip | None:
 
 
 def _owned(match: Match, way: _Way, owner: str) -> OwnedPair:
-    frames = way.frames.get(match.batch_norm_node, [])
-    methods = {name for frame, name in way.frames.get(match.convolution_node, []) if (frame, name) in frames}
+    calls = way.methods.get(match.convolution_node, set()) & way.methods.get(match.batch_norm_node, set())
+    methods = {name for _, name in calls}
     convolution, batch_norm = _enclosing(match.pair.convolution), _enclosing(match.pair.batch_norm)
     record = replace(
         match.pair,
@@ -212,6 +275,15 @@ def _enclosing(name: str) -> frozenset[str]:
 class _Guess(Proxy):
     """A proxy that answers what a trace cannot know by a guess."""
 
+    tracer: "_Explorer"
+
+    @property  # type: ignore[misc] # which is how an object passes for one of another class
+    def __class__(self) -> Any:
+        """Its class; a forward that asks for it is noted, as what stands for an output may be of another."""
+        if not str(sys._getframe(1).f_globals.get("__name__")).startswith(("torch.", "convbn_fx.")):
+            self.tracer.asked_for.add(self.node)
+        return _Guess
+
     def __iter__(self) -> Iterator[Any]:
         try:
             return super().__iter__()
@@ -234,6 +306,12 @@ class _Guess(Proxy):
     def __contains__(self, item: Any) -> bool:
         return bool(self.tracer.to_bool(self))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("tracer", "node"):
+            super().__setattr__(name, value)
+        else:  # such as a tensor's data
+            self.tracer.create_proxy("call_function", setattr, (self, name, value), {})
+
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_method", "__setitem__", (self, key, value), {})
 
@@ -250,13 +328,28 @@ class _Explorer(Tracer):
         self.given_all = given_all
         self.decisions = list(decisions)
         self.taken = 0
-        self.frames: dict[Node, list[tuple[FrameType, str]]] = {}
+        self.frames: dict[FrameType, int] = {}
+        self.methods: dict[Node, set[tuple[int, str]]] = {}
         self.sites: dict[Node, Site | None] = {}
         self.with_other_gradients: set[Node] = set()
+        self.left_out: list[Any] = []
+        self.asked_for: set[Node] = set()  # whose class was
+        self.outputs: list[tuple[Node, weakref.ReferenceType[Proxy]]] = []  # of convolutions
 
     def proxy(self, node: Node) -> Proxy:
         """Makes the proxy that stands for a node while the forward runs."""
-        return _Guess(node, self)
+        proxy = _Guess(node, self)
+        if node in self.methods:
+            self.outputs.append((node, weakref.ref(proxy)))
+        return proxy
+
+    def note_what_is_kept(self) -> None:
+        """Records a reader of every output that outlives the forward, in whatever keeps it."""
+        self.frames.clear()  # they keep what was local
+        if any(reference() is not None for _, reference in self.outputs):
+            gc.collect()
+        kept = [node for node, reference in self.outputs if reference() is not None or node in self.asked_for]
+        self.graph.create_node("call_function", _kept, tuple(kept))
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether calling `m` becomes one node."""
@@ -306,35 +399,38 @@ class _Explorer(Tracer):
         try:
             return super().create_arg(a)
         except (NotImplementedError, NameError, RuntimeError):
+            self.left_out.append(a)  # what it holds counts as kept
             return None
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Node:
         """Records a node, and which methods of the root were running."""
+        if len(self.graph.nodes) > _NODES:
+            raise RuntimeError("this forward goes on without end")
         node = super(Tracer, self).create_node(kind, target, *args, **kwargs)
         if (
             kind == "call_module"
             or target in kinds.CONVOLUTION_FUNCTIONS
             or target in kinds.BATCH_NORM_FUNCTIONS
         ):
-            self.frames[node] = list(_methods_running(self.root))
+            self.methods[node] = set(self._methods_running())
             if kind == "call_function":
                 self.sites[node] = site_of_caller(sys._getframe(1))
             if torch.is_grad_enabled() != self.context[0]:
                 self.with_other_gradients.add(node)
         return node
 
-
-def _methods_running(root: nn.Module) -> Iterator[tuple[FrameType, str]]:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is root:
-            yield frame, code.co_name
-        frame = frame.f_back
+    def _methods_running(self) -> Iterator[tuple[int, str]]:
+        """The calls of the root's methods that are under way, each with a number of its own, and their names."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            code = frame.f_code
+            if code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is self.root:
+                yield self.frames.setdefault(frame, len(self.frames)), code.co_name
+            frame = frame.f_back
 
 
 def _kept(*_: Any) -> None:
-    """Stands for whoever reads what a forward has left in an attribute."""
+    """Stands for whoever reads what a forward has left behind."""
 
 
 def _explore(root: nn.Module, ends: "_Ends") -> list[_Way]:
@@ -360,14 +456,14 @@ def _ways(root: nn.Module, opened: frozenset[str]) -> Iterator[_Way]:
             return
         training, given_all, decisions = pending.pop(0)
         explorer = _Explorer(opened, given_all, decisions)
-        with left_as_found(root), warnings.catch_warnings():
+        with attributes_as_found((root, *map(root.get_submodule, opened))), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             root.training = training
             with suppress(Exception):  # a forward may raise anything, and this one is given guesses
                 explorer.trace(root)
-            explorer.create_node("call_function", _kept, tuple(_nodes_in_attributes(root)), {})
+            explorer.note_what_is_kept()
         yield _Way(
-            root, explorer.graph, opened, explorer.frames, explorer.sites, explorer.with_other_gradients
+            root, explorer.graph, opened, explorer.methods, explorer.sites, explorer.with_other_gradients
         )
         pending += [
             (training, given_all, (*explorer.decisions[:taken], False))
@@ -384,14 +480,6 @@ def _reads_its_mode(module: nn.Module) -> bool:
         for function in functions
         if isinstance(function, FunctionType)
     )
-
-
-def _nodes_in_attributes(root: nn.Module) -> Iterator[Node]:
-    for module in root.modules():
-        for value in vars(module).values():
-            for leaf in value if type(value) in (list, tuple, set) else (value,):
-                if type(leaf) is _Guess:
-                    yield leaf.node
 
 
 # --- How forwards begin and end ----------------------------------------------------------------------------------

@@ -11,12 +11,10 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from convbn_fx import kinds
-from convbn_fx.arithmetic import convolution
-from convbn_fx.deferral import Deferred, Pairing, Waiting, waiting_in
+from convbn_fx.deferral import Pairing, defer, settled, waiting_in
 
 #: Where a function is called: the module and the qualified name of the code that calls it.
 Site = tuple[str, str]
@@ -62,20 +60,19 @@ class _FunctionPairs(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func in kinds.CONVOLUTION_FUNCTIONS and self._may_wait(sys._getframe(1)):
-            input, conv = kinds.CONVOLUTION_FUNCTIONS[func].operands(*args, **kwargs)
-            if isinstance(input, Tensor) and not any(map(waiting_in, (input, *conv))):
-                return Deferred.of(Waiting(conv, convolution, (input,), {}))
+        if func in kinds.CONVOLUTION_FUNCTIONS:
+            pairing = self.sites.get(site_of_caller(sys._getframe(1)) or ("", ""))
+            if pairing is not None and pairing.allows():
+                args, kwargs = settled(args), settled(kwargs)
+                deferred = defer(*kinds.CONVOLUTION_FUNCTIONS[func].operands(*args, **kwargs), pairing)
+                if deferred is not None:
+                    return deferred
         kind = kinds.BATCH_NORM_FUNCTIONS.get(func)
         if kind is not None and kind.output_index is None and any(map(waiting_in, (*args, *kwargs.values()))):
             input, training, norm = kind.operands(*args, **kwargs)
             waiting = waiting_in(input)
             if waiting is not None and training is False:
-                normalised = waiting.normalised(norm)
+                normalised = waiting.taken_by(norm)
                 if normalised is not None:
                     return normalised
         return func(*args, **kwargs)
-
-    def _may_wait(self, frame: FrameType) -> bool:
-        pairing = self.sites.get(site_of_caller(frame) or ("", ""))
-        return pairing is not None and pairing.allows()

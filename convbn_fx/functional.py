@@ -52,21 +52,33 @@ def conv_batch_norm(
     proxies = [value for value in (*args, *kwargs.values()) if _is_proxy(value)]
     if proxies:  # somebody traces a rewritten graph again (unpickling does): stay one node
         return handle_torch_function(conv_batch_norm, proxies, conv, norm, *args, **kwargs)
-    fused = normalised_convolution(conv, norm, *args, **kwargs)
-    return batch_norm(norm, convolution(conv, *args, **kwargs)) if fused is None else fused
-
-
-def normalised_convolution(
-    conv: nn.Module | Convolution, norm: nn.Module | BatchNorm, /, *args: Any, **kwargs: Any
-) -> Tensor | None:
-    """As `conv_batch_norm`, but None where it would call the two one after the other; neither is called then."""
     read_convolution = _convolution_reader(conv)
+    if read_convolution is not None and _frozen_kind(norm) is not None:
+        normalised = normalised_convolution(*read_convolution(*args, **kwargs), norm)
+        if normalised is not None:
+            return finished(norm, normalised)
+    return batch_norm(norm, convolution(conv, *args, **kwargs))
+
+
+def normalised_convolution(input: Any, conv: Convolution, norm: nn.Module | BatchNorm) -> Tensor | None:
+    """A convolution and the normalisation after it, as one convolution.
+
+    Args:
+        input: The convolution's input.
+        conv: Its operands.
+        norm: A batch-norm module, or the operands of a functional one with frozen statistics.
+
+    Returns:
+        The normalised tensor, or None where this is not known to be what the two compute one after the other.
+    """
     norm_kind = _frozen_kind(norm)
-    if read_convolution is None or norm_kind is None or _has_any_global_hook() or _is_jit_tracing():
-        return None
-    input, conv = read_convolution(*args, **kwargs)
     rank = conv.weight.ndim
-    if not isinstance(input, Tensor) or input.ndim != rank or not norm_kind.accepts(rank):
+    if (
+        norm_kind is None
+        or not isinstance(input, Tensor)
+        or input.ndim != rank
+        or not norm_kind.accepts(rank)
+    ):
         # Dimension 1, which the batch norm reads, does not hold the output channels: an unbatched convolution, a
         # linear layer's input of more dimensions. (Or the batch norm is about to raise.)
         return None
@@ -74,12 +86,13 @@ def normalised_convolution(
     dtype = computing_dtype(input, conv)
     if dtype is None or not _are_ordinary(input, conv, operands, dtype, norm_kind.promotes):
         return None
-    normalised = _in_best_form(input, conv, operands, dtype)
-    return normalised if norm_kind.epilogue is None else norm_kind.epilogue(norm, normalised)
+    return _in_best_form(input, conv, operands, dtype, norm_kind.promotes)
 
 
-def _is_jit_tracing() -> bool:
-    return torch._C._get_tracing_state() is not None
+def finished(norm: nn.Module | BatchNorm, normalised: Tensor) -> Tensor:
+    """What a batch-norm module returns, given its input normalised."""
+    kind = _frozen_kind(norm)
+    return normalised if kind is None or kind.epilogue is None else kind.epilogue(norm, normalised)
 
 
 def _is_proxy(value: object) -> bool:
@@ -91,6 +104,8 @@ def _is_proxy(value: object) -> bool:
 
 def _convolution_reader(conv: nn.Module | Convolution) -> Callable[..., tuple[Any, Convolution]] | None:
     """How to read the operands of a call, or None where calling the module does something this file cannot know."""
+    if _has_any_global_hook() or torch._C._get_tracing_state() is not None:  # of torch.jit
+        return None
     if isinstance(conv, Convolution):
         return lambda input: (input, conv)
     kind = kinds.convolution_kind(conv)
@@ -115,7 +130,9 @@ def _frozen_kind(norm: nn.Module | BatchNorm) -> BatchNormKind | None:
 _WEIGHT_PER_SAVED_OUTPUT: Final = 16
 
 
-def _in_best_form(input: Tensor, conv: Convolution, norm: BatchNorm, dtype: torch.dtype) -> Tensor:
+def _in_best_form(
+    input: Tensor, conv: Convolution, norm: BatchNorm, dtype: torch.dtype, promotes: bool
+) -> Tensor | None:
     """Fused in the form that suits the call, or in Eval mode's two steps where those are better."""
     if _is_compiled(input):  # compilers recompute what is cheap, whatever the sizes
         return _formula(input, conv, norm, two_steps=is_half(dtype))
@@ -128,7 +145,8 @@ def _in_best_form(input: Tensor, conv: Convolution, norm: BatchNorm, dtype: torc
         and output_size * dtype.itemsize <= _saved_for_gamma(input, conv)
     )
     if two_steps:
-        return _formula(input, conv, norm, two_steps)
+        # `F.batch_norm` saves its input, which a batch norm made of plain operations with buffers need not.
+        return None if promotes else _formula(input, conv, norm, two_steps)
     return fused_convolution(input.to(dtype), conv, norm, scale_on_output)
 
 

@@ -78,11 +78,6 @@ def _places(model: nn.Module, name: str, owner: str) -> Iterator[tuple[nn.Module
         parent = child
 
 
-def _add(values: list[object], value: object) -> None:
-    if value is not None and not any(value is other for other in values):
-        values.append(value)
-
-
 def keep_in_eval_mode(norms: Iterable[nn.Module]) -> None:
     """Puts batch norms in Eval mode, where `train()` then leaves them."""
     for norm in norms:

@@ -9,14 +9,17 @@ crosses a module's border.
 
 import copy
 import operator
+import random
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from convbn_fx import kinds, libraries
 from convbn_fx.graph_module import GraphModule
@@ -240,28 +243,78 @@ def _is_batch_norm(node: Node, traced: GraphModule) -> bool:
 
 @contextmanager
 def left_as_found(root: nn.Module) -> Iterator[None]:
-    """Undoes what a forward, run with proxies, changes on the modules, and what tracing stores on the root.
-
-    Only what has changed is touched, and in place: handles of hooks refer to the very containers.
-    """
-    containers: list[Any] = [vars(module) for module in root.modules()]
-    attributes = [value for container in containers for value in container.values()]
-    containers += [value for value in attributes if isinstance(value, (dict, list, set, deque))]
-    found = [(container, copy.copy(container)) for container in containers]
+    """Undoes what a forward, run with proxies, changes on the modules, and what tracing stores on the root."""
+    attributes = [value for module in root.modules() for value in vars(module).values()]
     tensors = [
         (value, value._version, value.detach().clone()) for value in attributes if _is_restorable(value)
     ]
+    data = [(tensor, tensor.data) for tensor in (*root.parameters(), *root.buffers())]
+    random_state = random.getstate()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _TensorsAsTheyAre(root), attributes_as_found(root.modules()):
             yield
+    finally:
+        random.setstate(random_state)
+        for tensor, original in data:
+            if _address(tensor) != _address(original):
+                tensor.data = original
+        for tensor, version, value in tensors:
+            if tensor._version != version:
+                tensor.data.copy_(value)
+
+
+@contextmanager
+def attributes_as_found(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Undoes what changes in the attributes of modules, and in containers that are attributes.
+
+    Only what has changed is touched, and in place: handles of hooks refer to the very containers.
+    """
+    containers: list[Any] = [vars(module) for module in modules]
+    for container in containers:  # those that are found inside are looked into as well
+        values = container.values() if isinstance(container, dict) else container
+        containers += [value for value in values if isinstance(value, (dict, list, set, deque))]
+    found = [(container, copy.copy(container)) for container in containers]
+    try:
+        yield
     finally:
         for container, content in found:
             if _identities(container) != _identities(content):
                 container.clear()
                 (container.extend if isinstance(container, (list, deque)) else container.update)(content)
-        for tensor, version, value in tensors:
-            if tensor._version != version:
-                tensor.data.copy_(value)
+
+
+class _TensorsAsTheyAre(TorchDispatchMode):
+    """Leaves out what would write to a parameter or buffer: a forward may reach them in ways that no proxy sees."""
+
+    def __init__(self, root: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        attributes = pytree.tree_leaves([list(vars(module).values()) for module in root.modules()])
+        tensors = [value for value in attributes if isinstance(value, Tensor)]
+        self.storages = {_storage(tensor) for tensor in tensors} - {None}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func._schema.is_mutable:
+            for argument, value in zip(func._schema.arguments, args, strict=False):
+                written = argument.alias_info is not None and argument.alias_info.is_write
+                if written and isinstance(value, Tensor) and _storage(value) in self.storages:
+                    return value
+        return func(*args, **(kwargs or {}))
+
+
+def _storage(tensor: Tensor) -> int | None:
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return tensor.untyped_storage()._cdata if plain else None
+
+
+def _address(tensor: Tensor) -> tuple[object, ...]:
+    storage = _storage(tensor)
+    return (
+        ()
+        if storage is None
+        else (storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+    )
 
 
 def _is_restorable(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Detectors, segmentation models and video models of torchvision: they freeze their batch norms, and train everything else."""
+"""Behaviour B15 on torchvision's detectors, segmentation and video models: norms frozen, the rest in Train mode."""
 
 from functools import partial
 
@@ -29,19 +29,21 @@ def target(image, boxes, labels):
     masks = torch.zeros(len(boxes), *image.shape[1:], dtype=torch.uint8)
     for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist(), strict=True):
         mask[top:bottom, left + 2 : right] = 1
-    corners = torch.rand(len(boxes), KEYPOINTS, 2, dtype=torch.float64)
+    corners = data(len(boxes), KEYPOINTS, 2).sigmoid()
     keypoints = boxes[:, None, :2] + corners * (boxes[:, None, 2:] - boxes[:, None, :2])
     visible = torch.ones(len(boxes), KEYPOINTS, 1, dtype=torch.float64)
     return {
         "boxes": boxes,
         "labels": torch.tensor(labels),
         "masks": masks,
-        "keypoints": torch.cat([keypoints, visible], 2),
+        "keypoints": torch.cat([keypoints, visible], 2).float(),  # no other dtype is accepted
     }
 
 
-def targets(classes):
-    return [
+def batch(detector):
+    """Images and what is to be found in them."""
+    classes = 2 if detector == "keypoint_rcnn" else CLASSES
+    return IMAGES, [
         target(IMAGES[0], [[4, 6, 40, 50], [10, 12, 60, 30]], [1, classes - 1]),
         target(IMAGES[1], [[2, 3, 30, 62]], [1]),
     ]
@@ -104,7 +106,7 @@ def dense(cls, norm_layer, **options):
 
 
 def ssdlite(norm_layer):
-    return detection.ssdlite320_mobilenet_v3_large(
+    model = detection.ssdlite320_mobilenet_v3_large(
         weights=None,
         weights_backbone=None,
         num_classes=CLASSES,
@@ -112,6 +114,10 @@ def ssdlite(norm_layer):
         topk_candidates=20,
         detections_per_img=6,
     )
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):  # initialised so small that all scores are the same
+            nn.init.kaiming_normal_(module.weight, mode="fan_out")
+    return model
 
 
 #: How each is built, and how many pairs it has.
@@ -132,7 +138,6 @@ DETECTORS = {
             rcnn,
             detection.KeypointRCNN,
             classes=2,
-            num_keypoints=KEYPOINTS,
             keypoint_head=detection.keypoint_rcnn.KeypointRCNNHeads(256, [16]),
             keypoint_predictor=detection.keypoint_rcnn.KeypointRCNNPredictor(16, KEYPOINTS),
         ),
@@ -140,21 +145,89 @@ DETECTORS = {
     ),
     "retinanet": (partial(dense, detection.RetinaNet), 20),
     "fcos": (partial(dense, detection.FCOS), 20),
-    "ssdlite": (ssdlite, 80),
+    "ssdlite": (ssdlite, 70),
 }
 
 
-@pytest.fixture(params=DETECTORS)
+def case(name, norm_layer, *marks):
+    return pytest.param((name, norm_layer), marks=marks, id=f"{name}-{norm_layer.__name__}")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        case("faster_rcnn", nn.BatchNorm2d),
+        case("mask_rcnn", nn.BatchNorm2d, pytest.mark.slow),
+        case("mask_rcnn_v2", nn.BatchNorm2d),
+        case("keypoint_rcnn", nn.BatchNorm2d),
+        case("retinanet", nn.BatchNorm2d),
+        case("fcos", nn.BatchNorm2d),
+        case("ssdlite", nn.BatchNorm2d),
+        case("faster_rcnn", FrozenBatchNorm2d),
+        case("mask_rcnn", FrozenBatchNorm2d),
+        case("keypoint_rcnn", FrozenBatchNorm2d, pytest.mark.slow),
+        case("retinanet", FrozenBatchNorm2d, pytest.mark.slow),
+        case("fcos", FrozenBatchNorm2d, pytest.mark.slow),
+    ],
+)
 def detector(request):
-    return request.param
+    """One that freezes its batch norms by hand, the tuned one, the number of pairs, and a batch."""
+    name, norm_layer = request.param
+    torch.manual_seed(0)
+    build, pairs = DETECTORS[name]
+    original = prepared(build(norm_layer))
+    return with_frozen_norms(original), tune(original, norm_eval=True), pairs, batch(name)
 
 
-@pytest.fixture(params=[nn.BatchNorm2d, FrozenBatchNorm2d], ids=lambda cls: cls.__name__)
-def norm_layer(request):
-    return request.param
+def test_the_pairs_of_a_detector(detector):
+    original, tuned, pairs, (images, _) = detector
+    assert len(report(tuned).fused) == pairs_run(original.eval(), images) == pairs
+    assert not report(tuned).skipped
 
 
-def test_losses_and_gradients(detector, norm_layer):
-    build, pairs = DETECTORS[detector]
-    classes = 2 if detector == "keypoint_rcnn" else CLASSES
-    assert_trains_like(build(norm_layer), pairs, IMAGES, targets(classes))
+def test_losses_and_gradients(detector):
+    original, tuned, _, inputs = detector
+    assert_equivalent(with_frozen_norms(original), tuned.train(), *inputs)
+    assert all(loss.isfinite() and loss > 0 for loss in tuned(*inputs).values())
+
+
+def test_detections(detector):
+    original, tuned, _, (images, _) = detector
+    original.eval(), tuned.eval()
+    with torch.no_grad():
+        assert_equivalent(original, tuned, images)
+        assert all(len(found["boxes"]) for found in tuned(images))
+
+
+def test_what_a_detector_saves_for_its_backward_pass(detector):
+    """A FrozenBatchNorm2d that has no parameters saves nothing of its input: then less cannot be saved, only more."""
+    original, tuned, _, inputs = detector
+    before, after = (saved_bytes(model, *inputs) for model in (with_frozen_norms(original), tuned.train()))
+    assert after <= before
+    assert after < before or not any(isinstance(module, nn.BatchNorm2d) for module in original.modules())
+
+
+# --- Segmentation and video ---------------------------------------------------------------------------------------
+
+SEGMENTATION = {
+    "deeplabv3": (partial(segmentation.deeplabv3_mobilenet_v3_large, aux_loss=True), 54),
+    "fcn": (partial(segmentation.fcn_resnet50, aux_loss=True), 55),
+    "lraspp": (segmentation.lraspp_mobilenet_v3_large, 47),
+}
+
+
+@pytest.mark.parametrize("name", ["deeplabv3", pytest.param("fcn", marks=pytest.mark.slow), "lraspp"])
+def test_segmentation(name):
+    build, pairs = SEGMENTATION[name]
+    model = build(weights=None, weights_backbone=None, num_classes=CLASSES)
+    tuned = assert_trains_like(model, pairs, data(2, 3, 32, 40))
+    assert tuned(data(2, 3, 32, 40)).keys() == {"out"} | ({"aux"} if name != "lraspp" else set())
+
+
+VIDEO = {"r3d_18": 20, "mc3_18": 20, "r2plus1d_18": 37}
+
+
+@pytest.mark.parametrize("name", ["r3d_18", "mc3_18", pytest.param("r2plus1d_18", marks=pytest.mark.slow)])
+def test_video(name):
+    model = getattr(video, name)(weights=None, num_classes=CLASSES)
+    assert_trains_like(model, VIDEO[name], data(1, 3, 4, 16, 16))
