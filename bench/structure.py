@@ -1,16 +1,23 @@
 """Which pairs a model's forward really runs, told by watching its functions: the oracle that the pass is held to.
 
 It knows nothing of modules, graphs or the table of kinds: one forward call, on the meta device, under a
-`TorchFunctionMode` that sees every function PyTorch is asked for.
+`TorchFunctionMode` that sees every function PyTorch is asked for. `python -m bench.structure` holds `tune`, or with
+`--compiled` the backend, to it for every architecture of timm's.
 """
 
+import argparse
+import sys
+from collections.abc import Sequence
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+
+import convbn_fx
 
 CONVOLUTIONS = frozenset(
     {
@@ -78,3 +85,64 @@ def count_pairs(model: nn.Module, *inputs: Any) -> int:
     counter.count_uses(output)
     pairs: int = counter.pairs
     return pairs
+
+
+# --- The whole of timm -------------------------------------------------------------------------------------------
+
+
+def on_meta(name: str) -> tuple[nn.Module, Tensor]:
+    """An architecture of timm's in Eval mode and a batch of two of its own size, on the meta device."""
+    with torch.device("meta"):
+        model: Any = timm.create_model(name).eval()
+        return model, torch.empty(2, *model.default_cfg["input_size"])
+
+
+def count_fused(model: nn.Module, images: Tensor, compiled: bool) -> int:
+    """How many pairs are fused in a model by `tune`, or in its compiled graphs by the backend."""
+    if not compiled:
+        return len(convbn_fx.report(convbn_fx.tune(model)).fused)
+    torch._dynamo.reset()
+    candidate = torch.compile(model, backend="convbn")
+    with torch.no_grad():
+        candidate(images)
+    return len(convbn_fx.report(model).fused)
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether a batch norm of any class is in the model."""
+    return any("BatchNorm" in cls.__name__ for module in model.modules() for cls in type(module).__mro__)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compares the pairs that run with those that are fused, for every architecture with a batch norm.
+
+    Args:
+        arguments: The command line's.
+
+    Returns:
+        The exit status: 1 if any pair was missed, or any too many were claimed.
+    """
+    parser = argparse.ArgumentParser(prog="python -m bench.structure", description=main.__doc__)
+    parser.add_argument("pattern", nargs="?", default="*", help="names of architectures, such as 'resnet*'")
+    parser.add_argument(
+        "--compiled", action="store_true", help="in the graphs of torch.compile instead of by tune"
+    )
+    options = parser.parse_args(arguments)
+    models = pairs = 0
+    wrong = []
+    for name in timm.list_models(options.pattern):
+        model, images = on_meta(name)
+        if not has_batch_norm(model):
+            continue
+        run, fused = count_pairs(model, images), count_fused(model, images, options.compiled)
+        models, pairs = models + (run > 0), pairs + run
+        wrong += [name] if run != fused else []
+        print(f"{name}: {fused} of {run} pairs fused", flush=True)
+    print(
+        f"{pairs} pairs in {models} models; not all or too many in {len(wrong)}: {', '.join(wrong) or 'none'}"
+    )
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

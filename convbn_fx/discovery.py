@@ -204,7 +204,10 @@ def _is_leaf(module: nn.Module) -> bool:
         or "forward" in vars(module)  # which the class's generated one could not replace
         or type(module).forward is _NO_FORWARD
         or not any(
-            kinds.resembles_convolution(part) or kinds.may_hold_batch_norm(part) for part in module.modules()
+            kinds.resembles_convolution(part)
+            or kinds.resembles_batch_norm(part)
+            or len(part._buffers) > 1  # which may be the statistics of a function
+            for part in module.modules()
         )
     )
 

@@ -270,9 +270,16 @@ def attributes_as_found(modules: Iterable[nn.Module]) -> Iterator[None]:
     Only what has changed is touched, and in place: handles of hooks refer to the very containers.
     """
     containers: list[Any] = [vars(module) for module in modules]
+    known = set()
     for container in containers:  # those that are found inside are looked into as well
         values = container.values() if isinstance(container, dict) else container
-        containers += [value for value in values if isinstance(value, (dict, list, set, deque))]
+        inside = [
+            value
+            for value in values
+            if isinstance(value, (dict, list, set, deque)) and id(value) not in known
+        ]
+        known |= set(map(id, inside))
+        containers += inside
     found = [(container, copy.copy(container)) for container in containers]
     try:
         yield

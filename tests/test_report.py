@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import convbn_fx
 from convbn_fx import Pair as PairRecord
-from convbn_fx import Report, Skip, SkipReason, report, symbolic_trace, transform
+from convbn_fx import Report, Skip, SkipReason, deploy, report, symbolic_trace, transform, tune
 from convbn_fx.testing import assert_equivalent
 
 X = data(2, 3, 5, 5)
@@ -154,8 +154,55 @@ def test_every_reason_is_given(case):
     assert graph_module.code == captured.code
 
 
+def convolution_shared_crosswise(m, x):
+    return m.net.norm(m.net.conv(x)) + m.other.norm(m.net.conv(x)) + m.net.norm(m.other.conv(x))
+
+
+class Two(nn.Module):
+    def __init__(self, forward):
+        super().__init__()
+        self.net, self.other = Pair(), Pair()
+        self.function = forward
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def with_huge_gamma(model):
+    model.norm.weight.data.fill_(6e4)
+    model.conv.weight.data.fill_(4)
+    return model.half()
+
+
+CASES_OF_MODELS = {
+    "outside of the modules named": (
+        "NOT_SELECTED",
+        lambda: tune(nn.Sequential(Pair(), nn.ReLU()).eval(), modules=["1"]),
+    ),
+    "functions baked": (
+        "FUNCTION_CALL",
+        lambda: deploy(Functional(lambda m, x: m.normalize(F.conv2d(x, m.weight)), (4, 3, 3, 3), 4).eval()),
+    ),
+    "hooks baked": ("HAS_HOOKS", lambda: deploy(with_hook_on_conv(Pair().eval()))),
+    "shared crosswise": ("SHARED", lambda: deploy(Two(convolution_shared_crosswise).eval())),
+    "beyond float16": ("OUT_OF_RANGE", lambda: deploy(with_huge_gamma(prepared(Pair())))),
+}
+
+
+def with_hook_on_conv(model):
+    model.conv.register_forward_hook(lambda *_: None)
+    return model
+
+
+@pytest.mark.parametrize("case", CASES_OF_MODELS)
+def test_every_reason_is_given_for_models(case):
+    name, build = CASES_OF_MODELS[case]
+    assert set(reasons(build()).values()) == {name}
+
+
 def test_every_reason_has_a_test():
-    assert {name for name, _ in CASES.values()} == set(SkipReason.__members__)
+    names = {name for name, _ in (*CASES.values(), *CASES_OF_MODELS.values())}
+    assert names == set(SkipReason.__members__)
 
 
 @pytest.mark.parametrize("reason", SkipReason, ids=lambda reason: reason.name)
