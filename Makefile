@@ -13,7 +13,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint types check bench-smoke clean
+.PHONY: help setup demo test test-slow test-all zoo-structure lint types check bench-smoke clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
@@ -40,8 +40,13 @@ demo: $(READY) ## Fuse seven real architectures; compare gradients, memory and t
 test: $(READY) ## Run the fast tests
 	@$(BIN)/python -m pytest
 
-test-all: $(READY) ## Run every test, the slow ones too
-	@$(BIN)/python -m pytest -m ''
+test-slow: $(READY) ## Run the slow tests
+	@$(BIN)/python -m pytest -m slow
+
+test-all: test test-slow ## Run every test
+
+zoo-structure: $(READY) ## Count the pairs of every timm architecture, run and fused (half an hour)
+	@$(BIN)/python -m bench.structure
 
 lint: $(READY) ## Check style and formatting
 	@$(BIN)/ruff check .

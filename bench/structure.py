@@ -12,6 +12,7 @@ from typing import Any
 
 import timm
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -128,6 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--compiled", action="store_true", help="in the graphs of torch.compile instead of by tune"
     )
     options = parser.parse_args(arguments)
+    console = Console(soft_wrap=True, highlight=False)
     models = pairs = 0
     wrong = []
     for name in timm.list_models(options.pattern):
@@ -137,10 +139,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run, fused = count_pairs(model, images), count_fused(model, images, options.compiled)
         models, pairs = models + (run > 0), pairs + run
         wrong += [name] if run != fused else []
-        print(f"{name}: {fused} of {run} pairs fused", flush=True)
-    print(
-        f"{pairs} pairs in {models} models; not all or too many in {len(wrong)}: {', '.join(wrong) or 'none'}"
-    )
+        console.print(f"{name}: {fused} of {run} pairs fused")
+    listed = ", ".join(wrong) or "none"
+    console.print(f"{pairs} pairs in {models} models; not all or too many in {len(wrong)}: {listed}")
     return bool(wrong)
 
 

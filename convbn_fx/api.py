@@ -9,7 +9,6 @@ from torch import nn
 from convbn_fx.baking import bake, bake_graph
 from convbn_fx.cloning import Model, clone
 from convbn_fx.compiled_reports import compiled_report
-from convbn_fx.deferral import REPORT
 from convbn_fx.discovery import OwnedPair, discover
 from convbn_fx.graph_module import GraphModule
 from convbn_fx.linking import file_report, keep_in_eval_mode, link
@@ -17,6 +16,7 @@ from convbn_fx.matching import find_pairs
 from convbn_fx.modes import batch_norms, selected
 from convbn_fx.records import Report, Skip, SkipReason
 from convbn_fx.rewriting import copied, rewrite
+from convbn_fx.roles import REPORT
 
 META_KEY: Final = "convbn_fx"
 

@@ -20,9 +20,9 @@ from torch.nn.modules.module import _WrappedHook
 from torch.utils.hooks import RemovableHandle
 
 from convbn_fx import kinds
-from convbn_fx.deferral import FUNCTION_CALLS, PAIRING, REPORT, SCOPE, remade
 from convbn_fx.graph_module import GraphModule
 from convbn_fx.rewriting import copied
+from convbn_fx.roles import FUNCTION_CALLS, PAIRING, REPORT, SCOPE, remade
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -7,20 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from convbn_fx.deferral import (
-    FUNCTION_CALLS,
-    PAIRING,
-    REPORT,
-    SCOPE,
-    STAYS_IN_EVAL_MODE,
-    Pairing,
-    Scope,
-    ScopeHooks,
-    become,
-)
+from convbn_fx.deferral import Pairing, Scope
 from convbn_fx.discovery import OwnedPair
 from convbn_fx.function_calls import FunctionCalls
 from convbn_fx.records import Pair, Report, Skip
+from convbn_fx.roles import FUNCTION_CALLS, PAIRING, REPORT, SCOPE, STAYS_IN_EVAL_MODE, ScopeHooks, become
 
 
 def link(model: nn.Module, pair: OwnedPair) -> None:

@@ -1,0 +1,302 @@
+"""Explores a forward symbolically, its children as leaves: the ways through it, and what each does with what.
+
+Nothing that is recorded here ever runs, so an exploration may guess where a trace has to give up: a branch on data is
+taken both ways, a loop over a tensor is short, an optional argument is left out and given, and what a forward did
+before it raised counts as well.
+"""
+
+import gc
+import inspect
+import operator
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import product
+from types import FrameType, FunctionType
+from typing import Any, Final
+
+import torch
+from torch import nn
+from torch.fx import Graph, Node
+
+from convbn_fx import kinds
+from convbn_fx.function_calls import Site, site_of_caller
+from convbn_fx.tracing import Proxy, Tracer, attributes_as_found
+
+# Of one forward so many ways are looked at, on each of which so many branches are taken.
+_WAYS: Final = 16
+_BRANCHES: Final = 64
+_NODES: Final = 20_000
+
+
+@dataclass
+class Way:
+    """What one exploration of a forward recorded."""
+
+    root: nn.Module
+    graph: Graph
+    opened: frozenset[str]
+    methods: dict[Node, set[tuple[int, str]]]
+    sites: dict[Node, Site | None]
+    with_other_gradients: set[Node]
+
+
+class _Guess(Proxy):
+    """A proxy that answers what a trace cannot know by a guess."""
+
+    tracer: "_Explorer"
+
+    @property  # type: ignore[misc] # which is how an object passes for one of another class
+    def __class__(self) -> Any:
+        """Its class; a forward that asks for it is noted, as what stands for an output may be of another."""
+        if not str(sys._getframe(1).f_globals.get("__name__")).startswith(("torch.", "convbn_fx.")):
+            self.tracer.asked_for.add(self.node)
+        return _Guess
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            return super().__iter__()
+        except torch.fx.proxy.TraceError:
+            return iter(
+                [self.tracer.create_proxy("call_function", operator.getitem, (self, i), {}) for i in (0, 1)]
+            )
+
+    def __len__(self) -> int:
+        return 2
+
+    def __int__(self) -> int:
+        return 1
+
+    __index__ = __int__
+
+    def __float__(self) -> float:
+        return 1.0
+
+    def __contains__(self, item: Any) -> bool:
+        return bool(self.tracer.to_bool(self))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("tracer", "node"):
+            super().__setattr__(name, value)
+        else:  # such as a tensor's data
+            self.tracer.create_proxy("call_function", setattr, (self, name, value), {})
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_method", "__setitem__", (self, key, value), {})
+
+
+def _module_of_elsewhere(*_: Any, **__: Any) -> None:
+    """Stands for the call of a module that is not among those of the root."""
+
+
+class _Explorer(Tracer):
+    """Records one way through a forward."""
+
+    def __init__(self, opened: frozenset[str], given_all: bool, decisions: tuple[bool, ...]) -> None:
+        super().__init__(opened)
+        self.given_all = given_all
+        self.decisions = list(decisions)
+        self.taken = 0
+        self.frames: dict[FrameType, int] = {}
+        self.methods: dict[Node, set[tuple[int, str]]] = {}
+        self.sites: dict[Node, Site | None] = {}
+        self.with_other_gradients: set[Node] = set()
+        self.left_out: list[Any] = []
+        self.asked_for: set[Node] = set()  # whose class was
+        self.outputs: list[tuple[Node, weakref.ReferenceType[Proxy]]] = []  # of convolutions
+
+    def proxy(self, node: Node) -> Proxy:
+        """Makes the proxy that stands for a node while the forward runs."""
+        proxy = _Guess(node, self)
+        if node in self.methods:
+            self.outputs.append((node, weakref.ref(proxy)))
+        return proxy
+
+    def note_what_is_kept(self) -> None:
+        """Records a reader of every output that outlives the forward, in whatever keeps it."""
+        self.frames.clear()  # they keep what was local
+        if any(reference() is not None for _, reference in self.outputs):
+            gc.collect()
+        kept = [node for node, reference in self.outputs if reference() is not None or node in self.asked_for]
+        self.graph.create_node("call_function", kept_by_someone, tuple(kept))
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether calling `m` becomes one node."""
+        return module_qualified_name not in self.opened
+
+    def to_bool(self, obj: Any) -> bool:
+        """Takes the branch that was decided on, or else the first."""
+        if self.taken == _BRANCHES:
+            raise RuntimeError("this forward branches without end")
+        self.taken += 1
+        if self.taken > len(self.decisions):
+            self.decisions.append(True)
+        return self.decisions[self.taken - 1]
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """Makes proxies for the required arguments, or for all."""
+        args: list[Any] = [self.root]
+        kwargs: dict[str, Any] = {}
+        for parameter in list(inspect.signature(root_fn).parameters.values())[1:]:
+            if parameter.kind is parameter.VAR_KEYWORD or (
+                parameter.default is not parameter.empty and not self.given_all
+            ):
+                continue
+            proxy = self.create_proxy("placeholder", parameter.name, (), {})
+            if parameter.kind is parameter.KEYWORD_ONLY or (
+                kwargs and parameter.kind is not parameter.VAR_POSITIONAL
+            ):
+                kwargs[parameter.name] = proxy
+            else:
+                args.append(proxy)
+        return lambda: root_fn(*args, **kwargs), []
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Records a module's call, wherever the forward has the module from."""
+        if m not in (self.submodule_paths or {}):
+            return self.create_proxy("call_function", _module_of_elsewhere, args, kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        """Makes a value an argument of a node; an object that a graph cannot hold is left out."""
+        if type(a) is _Guess:
+            return a.node
+        try:
+            return super().create_arg(a)
+        except (NotImplementedError, NameError, RuntimeError):
+            self.left_out.append(a)  # what it holds counts as kept
+            return None
+
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """Records a node, and which methods of the root were running."""
+        if len(self.graph.nodes) > _NODES:
+            raise RuntimeError("this forward goes on without end")
+        node = super(Tracer, self).create_node(kind, target, *args, **kwargs)
+        if (
+            kind == "call_module"
+            or target in kinds.CONVOLUTION_FUNCTIONS
+            or target in kinds.BATCH_NORM_FUNCTIONS
+        ):
+            self.methods[node] = set(self._methods_running())
+            if kind == "call_function":
+                self.sites[node] = site_of_caller(sys._getframe(1))
+            if torch.is_grad_enabled() != self.context[0]:
+                self.with_other_gradients.add(node)
+        return node
+
+    def _methods_running(self) -> Iterator[tuple[int, str]]:
+        """The calls of the root's methods that are under way, each with a number of its own, and their names."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            code = frame.f_code
+            if code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is self.root:
+                yield self.frames.setdefault(frame, len(self.frames)), code.co_name
+            frame = frame.f_back
+
+
+def kept_by_someone(*_: Any) -> None:
+    """Stands for whoever reads what a forward has left behind."""
+
+
+def explore(root: nn.Module, ends: "Ends") -> list[Way]:
+    """The ways through a module's forward, inside those children too whose border a pair may cross."""
+    opened: frozenset[str] = frozenset()
+    while True:
+        ways = list(_ways(root, opened))
+        crossed = {name for way in ways for name in ends.crossed(way)}
+        if crossed <= opened:
+            return ways
+        opened |= crossed
+
+
+def _ways(root: nn.Module, opened: frozenset[str]) -> Iterator[Way]:
+    parameters = list(inspect.signature(type(root).forward).parameters.values())[1:]
+    has_optional = any(parameter.default is not parameter.empty for parameter in parameters)
+    variants = product(
+        (False, True) if _reads_its_mode(root) else (root.training,), (False, True)[: 1 + has_optional]
+    )
+    pending: list[tuple[bool, bool, tuple[bool, ...]]] = [(*variant, ()) for variant in variants]
+    for _ in range(_WAYS):
+        if not pending:
+            return
+        training, given_all, decisions = pending.pop(0)
+        explorer = _Explorer(opened, given_all, decisions)
+        with attributes_as_found((root, *map(root.get_submodule, opened))), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            root.training = training
+            with suppress(Exception):  # a forward may raise anything, and this one is given guesses
+                explorer.trace(root)
+            explorer.note_what_is_kept()
+        yield Way(
+            root, explorer.graph, opened, explorer.methods, explorer.sites, explorer.with_other_gradients
+        )
+        pending += [
+            (training, given_all, (*explorer.decisions[:taken], False))
+            for taken in range(len(decisions), len(explorer.decisions))
+        ]
+
+
+def _reads_its_mode(module: nn.Module) -> bool:
+    functions = [
+        value for cls in type(module).__mro__ for value in vars(cls).values() if cls is not nn.Module
+    ]
+    return any(
+        "training" in function.__code__.co_names
+        for function in functions
+        if isinstance(function, FunctionType)
+    )
+
+
+# --- How forwards begin and end ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Ends:
+    """The modules whose output may be a convolution's, and those whose input may go straight to a batch norm."""
+
+    convolutions: set[int]
+    batch_norms: set[int]
+
+    def learn(self, way: Way) -> None:
+        """Adds what one way through a module's forward shows of the module."""
+        for node in way.graph.nodes:
+            if node.op == "output" and any(
+                self._produces(source, way.root) for source in node.all_input_nodes
+            ):
+                self.convolutions.add(id(way.root))
+            if node.op == "placeholder" and any(self._consumes(user, way.root) for user in node.users):
+                self.batch_norms.add(id(way.root))
+
+    def crossed(self, way: Way) -> Iterator[str]:
+        """Names of the children out of which, or into which, a convolution's output goes to a batch norm."""
+        for node in way.graph.nodes:
+            if not self._produces(node, way.root):
+                continue
+            for user in node.users:
+                if self._consumes(user, way.root):
+                    yield from (end.target for end in (node, user) if self._is_crossed(end, way.root))
+
+    def _produces(self, node: Node, root: nn.Module) -> bool:
+        if node.op != "call_module":
+            return node.target in kinds.CONVOLUTION_FUNCTIONS
+        module = root.get_submodule(str(node.target))
+        return kinds.convolution_kind(module) is not None or id(module) in self.convolutions
+
+    def _consumes(self, node: Node, root: nn.Module) -> bool:
+        if node.op != "call_module":
+            return node.target in kinds.BATCH_NORM_FUNCTIONS
+        module = root.get_submodule(str(node.target))
+        return kinds.resembles_batch_norm(module) or id(module) in self.batch_norms
+
+    def _is_crossed(self, node: Node, root: nn.Module) -> bool:
+        return (
+            node.op == "call_module"
+            and id(root.get_submodule(str(node.target))) in self.convolutions | self.batch_norms
+        )

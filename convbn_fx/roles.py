@@ -1,0 +1,184 @@
+"""The parts that modules play in pairs: generated subclasses, which keep the name, methods and state of the original.
+
+A convolution that may wait, a batch norm that takes what waits, and the owner of the forward that runs both. Which
+convolution may wait when is decided in [`deferral`][convbn_fx.deferral].
+"""
+
+import functools
+import types
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Final
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from convbn_fx import kinds
+from convbn_fx.deferral import Scope, defer, settled, waiting_in
+from convbn_fx.functional import finished
+
+#: Attributes of tuned modules, in their `__dict__`.
+PAIRING: Final = "_convbn_fx_pairing"
+SCOPE: Final = "_convbn_fx_scope"
+FUNCTION_CALLS: Final = "_convbn_fx_function_calls"
+REPORT: Final = "_convbn_fx_report"
+STAYS_IN_EVAL_MODE: Final = "_convbn_fx_stays_in_eval_mode"
+
+
+def _convolution_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        pairing, kind = vars(self).get(PAIRING), kinds.convolution_kind(self)
+        if pairing is not None and kind is not None and pairing.allows():
+            args, kwargs = settled(args), settled(kwargs)
+            deferred = defer(*kind.operands(self, *args, **kwargs), pairing)
+            if deferred is not None:
+                return deferred
+        return original(self, *settled(args), **settled(kwargs))
+
+    return forward
+
+
+def _batch_norm_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for value in (*args, *kwargs.values()):
+            waiting = waiting_in(value)
+            if waiting is not None and (normalised := waiting.taken_by(self)) is not None:
+                return finished(self, normalised)
+        return original(self, *settled(args), **settled(kwargs))
+
+    return forward
+
+
+def _owning_method(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        scope, calls = vars(self).get(SCOPE), vars(self).get(FUNCTION_CALLS)
+        if scope is None:
+            return original(self, *args, **kwargs)
+        as_functions = None if torch.compiler.is_compiling() else calls
+        with scope.opened(), nullcontext() if as_functions is None else as_functions.mode():
+            return settled(original(self, *args, **kwargs))
+
+    return method
+
+
+def _train(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def train(self: Any, mode: bool = True) -> Any:
+        original(self, mode)
+        self.training = mode and not vars(self).get(STAYS_IN_EVAL_MODE, False)
+        return self
+
+    return train
+
+
+_REPLACEMENTS: Final[dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]]] = {
+    "convolution": _convolution_forward,
+    "batch_norm": _batch_norm_forward,
+    "owner": _owning_method,
+}
+
+
+def become(module: nn.Module, role: str, methods: frozenset[str] = frozenset({"forward"})) -> None:
+    """Makes a module play a role in a pair, by giving it a generated subclass of its class.
+
+    Args:
+        module: The module. If it plays the role already, the methods are added.
+        role: `convolution`, `batch_norm` or `owner`.
+        methods: For an owner, names of the methods that run both members of a pair.
+    """
+    cls = type(module)
+    if parametrize.is_parametrized(module):
+        # PyTorch made this class for this one module, and finds the class before it as its only base.
+        module.__class__ = remade(cls, _with_role(cls.__bases__[0], role, methods))
+    else:
+        module.__class__ = _with_role(cls, role, methods)
+
+
+def remade(cls: type[nn.Module], *bases: type[nn.Module], without: tuple[str, ...] = ()) -> type[nn.Module]:
+    """A class with the body of `cls`, but for some names, and with other bases."""
+    kept = vars(cls).keys() - {"__dict__", "__weakref__", *without}
+    body = {name: vars(cls)[name] for name in kept}
+    return types.new_class(cls.__name__, bases, exec_body=lambda namespace: namespace.update(body))
+
+
+def _with_role(cls: type[nn.Module], role: str, methods: frozenset[str]) -> type[nn.Module]:
+    if kinds.TUNED_FROM in vars(cls):
+        methods |= vars(cls)[_METHODS]
+        cls = vars(cls)[kinds.TUNED_FROM]
+    return _tuned_class(cls, role, frozenset(name for name in methods if _is_replaceable(cls, name)))
+
+
+def _is_replaceable(cls: type, name: str) -> bool:
+    return isinstance(getattr(cls, name, None), types.FunctionType) and not name.startswith("__")
+
+
+_METHODS: Final = "_convbn_fx_methods"
+
+
+_tuned_classes: Final[dict[tuple[type[nn.Module], str, frozenset[str]], type[nn.Module]]] = {}
+
+
+def _tuned_class(cls: type[nn.Module], role: str, methods: frozenset[str]) -> type[nn.Module]:
+    known = _tuned_classes.get((cls, role, methods))
+    if known is not None:
+        return known
+    body: dict[str, Any] = {name: _REPLACEMENTS[role](getattr(cls, name)) for name in methods}
+    if role == "batch_norm":
+        body["train"] = _train(cls.train)
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        function, args, *state = super(tuned, self).__reduce_ex__(max(protocol, 2))
+        if args[:1] != (tuned,):  # the class has a way of its own, which does not know of this one
+            return function, args, *state
+        return _restored, (cls, role, methods, *args[1:]), *state
+
+    body |= {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    body |= {"__reduce_ex__": reduce, kinds.TUNED_FROM: cls, _METHODS: methods}
+    tuned = _derived(cls, body)
+    return _tuned_classes.setdefault((cls, role, methods), tuned)
+
+
+def _derived(cls: type[nn.Module], body: dict[str, Any]) -> type[nn.Module]:
+    """A subclass of which `__init_subclass__` is not told, by which some classes keep registers."""
+    derived: type[nn.Module] = types.new_class(
+        cls.__name__, (nn.Module,), {"metaclass": type(cls)}, lambda namespace: namespace.update(body)
+    )
+    try:
+        derived.__bases__ = (cls,)
+    except TypeError:  # a class with slots is laid out in another way
+        derived = types.new_class(cls.__name__, (cls,), exec_body=lambda namespace: namespace.update(body))
+    return derived
+
+
+def _restored(cls: type[nn.Module], role: str, methods: frozenset[str], *args: Any) -> nn.Module:
+    """Makes the module that unpickling and copying then give its state."""
+    tuned = _tuned_class(cls, role, methods)
+    return tuned.__new__(tuned, *args)
+
+
+class ScopeHooks:
+    """Opens and closes a scope around the calls of a GraphModule, which writes its own forward anew at will."""
+
+    def __init__(self, scope: Scope) -> None:
+        self.scope = scope
+        self.calls: list[AbstractContextManager[None]] = []
+
+    def enter(self, *_: Any) -> None:
+        """A pre-forward hook."""
+        self.calls.append(self.scope.opened())
+        self.calls[-1].__enter__()
+
+    def leave(self, *call: Any) -> Any:
+        """A forward hook that is always called."""
+        try:
+            return settled(call[-1])
+        finally:
+            self.calls.pop().__exit__(None, None, None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles and copies with no call under way."""
+        return ScopeHooks, (self.scope,)
