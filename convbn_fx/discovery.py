@@ -100,8 +100,13 @@ def discover(model: nn.Module, include_training: bool = False) -> Discovery:
             skips[pair.record.batch_norm] = replace(decision, batch_norm=pair.record.batch_norm)
     fused = {pair.record.batch_norm for pair in pairs.values()}
     left = [skip for name, skip in skips.items() if name not in fused]
-    never_called = _never_called(model, fused | skips.keys())
-    return Discovery(list(pairs.values())[::-1], left[::-1] + never_called, used_apart)
+    left += _never_called(model, fused | skips.keys())
+    place = {name: number for number, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
+    return Discovery(
+        sorted(pairs.values(), key=lambda pair: place[pair.owner]),
+        sorted(left, key=lambda skip: place[skip.batch_norm.rpartition(".")[0]]),
+        used_apart,
+    )
 
 
 def _kept_outputs(way: Way) -> Iterator[str]:
