@@ -204,8 +204,8 @@ def _plain_form_of_call(conv: Convolution) -> tuple[type[nn.Module], Convolution
 
 
 def _frozen_operands(norm: nn.Module) -> BatchNorm:
-    kind = kinds.batch_norm_kind(norm)
-    if kind is None or not kinds.is_frozen(norm):
+    kind = kinds.frozen_kind(norm)
+    if kind is None:
         raise _Unfoldable(SkipReason.TRAINING_MODE)
     operands: BatchNorm = kind.operands(norm)
     return operands

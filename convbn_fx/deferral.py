@@ -104,7 +104,7 @@ class Pairing:
         """Whether the convolution may wait now: a frozen batch norm is next, and nobody looks in between."""
         return (
             any(scope.is_open_here() for scope in self.scopes)
-            and (self.to_function or any(map(kinds.is_frozen, self.norms)))
+            and (self.to_function or any(map(kinds.frozen_kind, self.norms)))
             and not any(map(kinds.has_hooks, self.watched))
             and all(parent._modules.get(name) is child for parent, name, child in self.places)
             and not _has_any_global_hook()
@@ -180,9 +180,8 @@ class Waiting:
         if self.norm is None:  # which one would come was not known
             unchanged = self.operands == _states((self.input, *self.conv))
             return normalised_convolution(self.input, self.conv, norm) if unchanged else None
-        if self.norm is not norm or not kinds.is_frozen(norm) or self.norm_operands != _operand_states(norm):
-            return None
-        return self.normalised
+        unchanged = self.norm is norm and self.norm_operands == _operand_states(self.norm)
+        return self.normalised if unchanged else None
 
 
 def _states(operands: Iterable[Any]) -> list[object]:
@@ -194,8 +193,10 @@ def _states(operands: Iterable[Any]) -> list[object]:
 
 
 def _operand_states(norm: nn.Module) -> tuple[object, ...]:
-    operands = kinds.batch_norm_kind(norm).operands(norm)  # type: ignore[union-attr] # it has a part in a pair
-    return operands.eps, [id(operand) for operand in operands[:4]], _states(operands)
+    """What changes when the batch norm would compute something else."""
+    kind = kinds.batch_norm_kind(norm)
+    operands = () if kind is None else kind.operands(norm)
+    return norm.training, operands[4:], [id(operand) for operand in operands[:4]], _states(operands)
 
 
 # What the output has in common with the normalised one.

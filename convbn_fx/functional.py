@@ -91,7 +91,7 @@ def normalised_convolution(input: Any, conv: Convolution, norm: nn.Module | Batc
 
 def finished(norm: nn.Module | BatchNorm, normalised: Tensor) -> Tensor:
     """What a batch-norm module returns, given its input normalised."""
-    kind = _frozen_kind(norm)
+    kind = kinds.batch_norm_kind(norm) if isinstance(norm, nn.Module) else None
     return normalised if kind is None or kind.epilogue is None else kind.epilogue(norm, normalised)
 
 
@@ -119,7 +119,7 @@ def _frozen_kind(norm: nn.Module | BatchNorm) -> BatchNormKind | None:
     """The batch norm's row of the table, or None unless calling it normalises by running statistics and no more."""
     if isinstance(norm, BatchNorm):
         return _FUNCTIONAL_BATCH_NORM
-    return kinds.batch_norm_kind(norm) if kinds.is_frozen(norm) and not kinds.has_hooks(norm) else None
+    return None if kinds.has_hooks(norm) else kinds.frozen_kind(norm)
 
 
 # --- Which form? -------------------------------------------------------------------------------------------------

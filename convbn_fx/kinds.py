@@ -216,7 +216,9 @@ TUNED_FROM: Final = "_convbn_fx_tuned_from"
 
 def class_of(module: nn.Module) -> type[nn.Module]:
     """The class whose forward a module has: that before parametrisation, and before `tune`."""
-    cls: type[nn.Module] = parametrize.type_before_parametrizations(module)
+    cls = type(module)
+    if "parametrizations" in module._modules:
+        cls = parametrize.type_before_parametrizations(module)
     original: type[nn.Module] = vars(cls).get(TUNED_FROM, cls)
     return original
 
@@ -271,10 +273,11 @@ def _inherited_row(cls: type[nn.Module], table: dict[type[nn.Module], Row | None
     return None
 
 
-def is_frozen(norm: nn.Module) -> bool:
-    """Whether calling the batch norm now normalises by running statistics and leaves them as they are."""
+def frozen_kind(norm: nn.Module) -> BatchNormKind | None:
+    """The row of a batch norm that, called now, normalises by running statistics and leaves them as they are."""
     kind = batch_norm_kind(norm)
-    return kind is not None and (kind.always_frozen or not norm.training) and kind.has_statistics(norm)
+    frozen = kind is not None and (kind.always_frozen or not norm.training) and kind.has_statistics(norm)
+    return kind if frozen else None
 
 
 def resembles_convolution(module: nn.Module) -> bool:
