@@ -104,7 +104,8 @@ def test_outputs_and_gradients(family):
     name, size = FAMILIES[family]
     torch.manual_seed(0)
     model = prepared(timm.create_model(name))
-    images = torch.randn(2, model.default_cfg["input_size"][0], size, size, dtype=torch.float64)
+    # Larger ones drive some attention into saturation, where even Eval mode's own rounding errors grow beyond 1e-9.
+    images = 0.1 * torch.randn(2, model.default_cfg["input_size"][0], size, size, dtype=torch.float64)
     tuned = tune(model)  # before a call in which some models cache tensors that have a history
     expected, actual = observed(model, images), observed(tuned, images)
     assert expected.keys() == actual.keys()
