@@ -9,6 +9,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+# One process for each processor, each with one thread.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
 # Threads that wait for one another sleep: where something else runs too, spinning ones can take ten times as long.
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -38,10 +41,10 @@ demo: $(READY) ## Fuse seven real architectures; compare gradients, memory and t
 	@$(BIN)/python -m bench.demo
 
 test: $(READY) ## Run the fast tests
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
 
 test-slow: $(READY) ## Run the slow tests
-	@$(BIN)/python -m pytest -m slow
+	@$(PYTEST) -m slow
 
 test-all: test test-slow ## Run every test
 

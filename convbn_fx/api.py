@@ -127,8 +127,8 @@ def tune(
     tuned = clone(model)
     if norm_eval:
         keep_in_eval_mode(batch_norms(tuned, names))
-    for module in tuned.modules():
-        if isinstance(module, GraphModule):
+    for name, module in tuned.named_modules():
+        if isinstance(module, GraphModule) and _is_inside(name, names):
             _fuse(module, include_training)
     found = discover(tuned, include_training)
     chosen = [pair for pair in found.pairs if _is_inside(pair.owner, names)]
@@ -164,15 +164,27 @@ def deploy(model: Model, modules: Iterable[str] | None = None) -> Model:
     """
     names = selected(model, modules, "deploy")
     deployed = clone(model)
-    for module in list(deployed.modules()):
-        if isinstance(module, GraphModule):
+    for name, module in list(deployed.named_modules()):
+        if isinstance(module, GraphModule) and _is_inside(name, names):
             _fuse(module, include_training=False)
-            module.meta[META_KEY] += Report([], bake_graph(module))
+            skips = bake_graph(module)
+            left = {skip.batch_norm for skip in skips}
+            fused, others = module.meta[META_KEY].fused, module.meta[META_KEY].skipped
+            module.meta[META_KEY] = Report(
+                [pair for pair in fused if pair.batch_norm not in left], others + skips
+            )
     found = discover(deployed)
     chosen = [pair for pair in found.pairs if _is_inside(pair.owner, names)]
-    baked, skips = bake(deployed, chosen, found.used_apart)
+    elsewhere = _modules_of(deployed, (pair for pair in found.pairs if pair not in chosen))
+    baked, skips = bake(deployed, chosen, found.used_apart | elsewhere)
     file_report(deployed, baked, found.skips + skips + _outside(found.pairs, chosen))
     return deployed
+
+
+def _modules_of(model: nn.Module, pairs: Iterable[OwnedPair]) -> set[int]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names = (name for pair in pairs for name in (pair.record.convolution, pair.record.batch_norm))
+    return {id(modules[name]) for name in names if name in modules}
 
 
 def _outside(pairs: list[OwnedPair], chosen: list[OwnedPair]) -> list[Skip]:

@@ -118,17 +118,21 @@ def _replacements(
     for module in (*convs, *norms):
         if id(module) in used_apart:
             raise _Unfoldable(SkipReason.CONVOLUTION_OUTPUT_USED_ELSEWHERE, "on another path of a forward")
-        if kinds.has_hooks(module):
-            raise _Unfoldable(SkipReason.HAS_HOOKS, type(module).__name__)
     baked = [(conv, norm, _baked(conv, norm)) for conv, norm in members]
     if len(norms) == 1:
         (norm,) = norms
-        return [*((conv, plain) for conv, _, plain in baked), (norm, _remainder(norm, _check(baked[0][2])))]
+        return [
+            *((conv, plain) for conv, _, plain in baked),
+            (norm, _remainder(norm, _check(baked[0][2], norms))),
+        ]
     if len(convs) == 1 and not hasattr(
         baked[0][2], "output_padding"
     ):  # whose forward takes more than the input
         (conv,) = convs
-        return [*((norm, _remainder(norm, plain)) for _, norm, plain in baked), (conv, _check(baked[0][2]))]
+        return [
+            *((norm, _remainder(norm, plain)) for _, norm, plain in baked),
+            (conv, _check(baked[0][2], norms)),
+        ]
     raise _Unfoldable(SkipReason.SHARED)
 
 
@@ -141,15 +145,21 @@ def _turn_into(module: nn.Module, replacement: nn.Module) -> None:
     module.train(training)
 
 
-def _check(conv: nn.Module) -> nn.Module:
-    """What stands where nothing is left to do."""
-    ranks = {nn.Linear: 2, nn.Conv1d: 3, nn.ConvTranspose1d: 3}
-    return Folded(ranks[type(conv)]) if type(conv) in ranks else nn.Identity()
+def _check(conv: nn.Module, norms: Iterable[nn.Module | BatchNorm]) -> nn.Module:
+    """What stands where nothing is left to do, unless an input of another rank would be normalised in another way."""
+    rank = conv.weight.ndim if isinstance(conv.weight, Tensor) else 0
+    modules = [norm for norm in norms if isinstance(norm, nn.Module)]
+    norm_kinds = [kinds.batch_norm_kind(norm) for norm in modules]
+    strict = len(modules) > 0 and not any(
+        kind is None or kind.always_frozen or kind.accepts(rank - 1) or kind.accepts(rank + 1)
+        for kind in norm_kinds
+    )
+    return nn.Identity() if strict else Folded(rank)
 
 
 def _remainder(norm: nn.Module, first: nn.Module) -> nn.Module:
     """What is to run in the place of a batch norm: `first`, then what its class does after normalising."""
-    parts = dict(norm.named_children())
+    parts = {name: part for name, part in norm.named_children() if name in ("drop", "act")}
     return nn.Sequential(OrderedDict({"folded": first, **parts})) if parts else first
 
 
@@ -163,8 +173,11 @@ _CONSTRUCTOR: Final = (
 
 def _baked(conv: nn.Module | Convolution, norm: nn.Module | BatchNorm) -> nn.Module:
     """A plain module that computes what the two compute one after the other, with parameters of its own."""
+    for module in (conv, norm):
+        if isinstance(module, nn.Module) and kinds.has_hooks(module):
+            raise _Unfoldable(SkipReason.HAS_HOOKS, type(module).__name__)
     cls, operands, arguments = _plain_form(conv) if isinstance(conv, nn.Module) else _plain_form_of_call(conv)
-    norm_operands = _frozen_operands(norm) if isinstance(norm, nn.Module) else norm
+    norm_operands = _frozen_operands(norm, operands) if isinstance(norm, nn.Module) else norm
     weight, bias = _fold(operands, norm_operands)
     plain: Any = cls(**arguments, bias=True, device="meta")
     tensors = (operands.weight, operands.bias, norm_operands.weight, norm_operands.bias)
@@ -178,7 +191,10 @@ def _plain_form(conv: Any) -> tuple[type[nn.Module], Convolution, dict[str, Any]
     kind = kinds.convolution_kind(conv)
     if kind is None or kind.plain is None:
         raise _Unfoldable(SkipReason.UNKNOWN_CONVOLUTION, f"{type(conv).__name__} has no plain form")
+    training = conv.training
+    conv.eval()  # a parametrisation may update what it keeps when it is read in Train mode
     cls, weight = kind.plain(conv)
+    conv.train(training)
     operands = Convolution(
         "", weight, conv.bias, transposed=issubclass(cls, _ConvTransposeNd), groups=getattr(conv, "groups", 1)
     )
@@ -203,11 +219,13 @@ def _plain_form_of_call(conv: Convolution) -> tuple[type[nn.Module], Convolution
     return getattr(nn, name), conv, arguments
 
 
-def _frozen_operands(norm: nn.Module) -> BatchNorm:
+def _frozen_operands(norm: nn.Module, conv: Convolution) -> BatchNorm:
     kind = kinds.frozen_kind(norm)
     if kind is None:
         raise _Unfoldable(SkipReason.TRAINING_MODE)
     operands: BatchNorm = kind.operands(norm)
+    if kind.promotes and operands.running_var.dtype != conv.weight.dtype:
+        raise _Unfoldable(SkipReason.UNUSUAL_CALL, "the result is of another dtype than the convolution's")
     return operands
 
 
@@ -223,6 +241,9 @@ def _fold(conv: Convolution, norm: BatchNorm) -> tuple[Tensor, Tensor]:
 
 
 # --- In a graph --------------------------------------------------------------------------------------------------
+
+
+_NAMING: Final = ("call_module", "get_attr")
 
 
 def bake_graph(graph_module: GraphModule) -> list[Skip]:
@@ -247,7 +268,8 @@ def bake_graph(graph_module: GraphModule) -> list[Skip]:
         except _Unfoldable as refusal:
             skips.append(Skip(names[-1] if names else node.name, refusal.reason, refusal.detail))
             continue
-        rest = _remainder(norm, _check(plain)) if isinstance(norm, nn.Module) else _check(plain)
+        check = _check(plain, [norm])
+        rest = _remainder(norm, check) if isinstance(norm, nn.Module) else check
         with graph.inserting_before(node):
             folded = graph.call_module(_added(graph_module, node, plain), node.args[2:], node.kwargs)
             if type(rest) is not nn.Identity:
@@ -260,7 +282,7 @@ def bake_graph(graph_module: GraphModule) -> list[Skip]:
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
     for name in folded_away:
-        if not any(str(node.target).startswith(name) for node in graph.nodes):
+        if not any(f"{node.target}.".startswith(f"{name}.") for node in graph.nodes if node.op in _NAMING):
             graph_module.delete_submodule(name)
     graph.lint()
     graph_module.recompile()

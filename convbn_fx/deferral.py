@@ -7,7 +7,8 @@ then, from the operands of its call. So whatever path a forward takes, foreseen 
 untouched model.
 
 A convolution does so only while the forward that runs the pair is running (its [`Scope`][convbn_fx.deferral.Scope] is
-open), and only if its output reaches the batch norm unseen by hooks. What leaves that forward is a tensor again.
+open), and only if its output reaches the batch norm unseen by hooks. What leaves that forward is a tensor again. Where
+Dynamo captures the forward, nothing waits: the pass is at hand for its graphs (`backend="convbn"`).
 """
 
 import threading
@@ -73,8 +74,6 @@ class Scope(threading.local):
 
 def _surroundings() -> tuple[bool, *tuple[object, ...]]:
     """Grad mode, the hooks on saved tensors by which regions are recomputed or offloaded, and a backward pass."""
-    if torch.compiler.is_compiling():
-        return (torch.is_grad_enabled(),)
     return torch.is_grad_enabled(), _hooks(), torch._C._current_graph_task_id()
 
 
@@ -186,8 +185,6 @@ class Waiting:
 
 def _states(operands: Iterable[Any]) -> list[object]:
     """What changes when one of the operands is changed in place."""
-    if torch.compiler.is_compiling():
-        return []
     tensors = [operand for operand in operands if isinstance(operand, Tensor)]
     return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
@@ -247,47 +244,9 @@ class Deferred(Tensor):
         )
 
 
-class _TracedDeferred:
-    """A `Deferred` for Dynamo, which cannot make tensors of such a class: a plain object with a tensor's operators."""
-
-    def __init__(self, waiting: Waiting) -> None:
-        self._waiting = waiting
-
-    __torch_function__ = Deferred.__torch_function__
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._waiting.settled(), name)
-
-
-def _of_settled(name: str) -> Callable[..., Any]:
-    return lambda self, *args: getattr(self._waiting.settled(), name)(*settled(args))
-
-
-for _name in (
-    *("add", "radd", "iadd", "sub", "rsub", "isub", "mul", "rmul", "imul", "truediv", "rtruediv", "itruediv"),
-    *(
-        "floordiv",
-        "rfloordiv",
-        "mod",
-        "pow",
-        "rpow",
-        "matmul",
-        "rmatmul",
-        "and",
-        "or",
-        "xor",
-        "neg",
-        "abs",
-        "invert",
-    ),
-    *("lt", "le", "gt", "ge", "eq", "ne", "getitem", "setitem", "len", "iter", "bool", "float", "int"),
-):
-    setattr(_TracedDeferred, f"__{_name}__", _of_settled(f"__{_name}__"))
-
-
 def waiting_in(value: Any) -> Waiting | None:
     """The convolution that a value stands for, if it stands for one."""
-    return value._waiting if type(value) in (Deferred, _TracedDeferred) else None
+    return value._waiting if type(value) is Deferred else None
 
 
 def settled(value: Any) -> Any:
@@ -318,16 +277,12 @@ def defer(input: Any, conv: Convolution, pairing: Pairing) -> Any:
     Returns:
         What stands for the convolution's output; None where the two have to run apart.
     """
-    if not isinstance(input, Tensor):
-        return None
-    if not torch.compiler.is_compiling() and input.is_inference():  # it has no version to tell changes by
+    if not isinstance(input, Tensor) or input.is_inference():  # which has no version to tell changes by
         return None
     (norm,) = pairing.norms if len(pairing.norms) == 1 and not pairing.to_function else (None,)
     waiting = Waiting(input, conv, norm)
     if norm is not None and waiting.normalised is None:
         return None
-    if torch.compiler.is_compiling():
-        return _TracedDeferred(waiting)
     for scope in pairing.scopes:
         scope.waiting.append(weakref.ref(waiting))
     return Deferred.of(waiting)

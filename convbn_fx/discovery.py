@@ -4,7 +4,7 @@ What is found decides only which convolutions may do the work of a batch norm, a
 always the forward itself (see [`deferral`][convbn_fx.deferral]).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -72,6 +72,8 @@ def discover(model: nn.Module, include_training: bool = False) -> Discovery:
     skips: dict[str, Skip] = {}
     decided: dict[str, Skip] = {}  # those that no other way through a forward outvotes
     used_apart: set[int] = set()
+    loose: set[tuple[int, str]] = set()
+    not_followed: set[str] = set()
     ends = Ends(set(), set())
     with left_as_found(model):
         # Children first: how their forwards begin and end decides whether their parent looks inside them.
@@ -93,11 +95,15 @@ def discover(model: nn.Module, include_training: bool = False) -> Discovery:
                 for output in _kept_outputs(way):
                     decided[_joined(name, output)] = _KEPT
                 used_apart |= _used_apart(way, taken)
+                loose |= {(id(member), name) for member in _at_the_ends(way, taken)}
+                if not way.is_whole:
+                    not_followed.add(name)
     for key, pair in list(pairs.items()):
         decision = decided.get(pair.record.batch_norm) or decided.get(pair.record.convolution)
         if decision is not None:
             del pairs[key]
             skips[pair.record.batch_norm] = replace(decision, batch_norm=pair.record.batch_norm)
+    used_apart |= _unexplained(model, pairs.values(), loose, not_followed)
     fused = {pair.record.batch_norm for pair in pairs.values()}
     left = [skip for name, skip in skips.items() if name not in fused]
     left += _never_called(model, fused | skips.keys())
@@ -134,20 +140,56 @@ def _is_stored_by(user: Node, node: Node) -> bool:
 
 
 def _used_apart(way: Way, matches: list[Match]) -> set[int]:
-    """The modules of this way's calls that no pair explains, but for what its caller gives or gets."""
-    paired = {node for match in matches for node in (match.convolution_node, match.batch_norm_node)}
+    """The convolutions and batch norms that this way calls or reads outside of pairs."""
+    paired = _members(matches)
     apart = set()
     for node in way.graph.nodes:
-        if node.op != "call_module" or node in paired:
-            continue
-        module = way.root.get_submodule(str(node.target))
-        users = {user.op for user in node.users}
-        sources = {source.op for source in node.all_input_nodes}
-        if (kinds.convolution_kind(module) is not None and users - {"output"}) or (
-            kinds.resembles_batch_norm(module) and sources - {"placeholder"}
-        ):
-            apart.add(id(module))
+        if node.op == "get_attr":  # of a parameter: the forward reads it itself
+            apart.add(id(way.root.get_submodule(str(node.target).rpartition(".")[0])))
+        elif node.op == "call_module" and node not in paired and not _is_at_an_end(node, way):
+            apart.add(id(way.root.get_submodule(str(node.target))))
     return apart
+
+
+def _at_the_ends(way: Way, matches: list[Match]) -> Iterator[nn.Module]:
+    """Convolutions whose output the forward returns, and batch norms of what it is given: its caller may pair them."""
+    for node in way.graph.nodes:
+        if node.op == "call_module" and node not in _members(matches) and _is_at_an_end(node, way):
+            yield way.root.get_submodule(str(node.target))
+
+
+def _members(matches: list[Match]) -> set[Node]:
+    return {node for match in matches for node in (match.convolution_node, match.batch_norm_node)}
+
+
+def _is_at_an_end(node: Node, way: Way) -> bool:
+    module = way.root.get_submodule(str(node.target))
+    if kinds.convolution_kind(module) is not None:
+        return {user.op for user in node.users} <= {"output"}
+    return kinds.resembles_batch_norm(module) and {source.op for source in node.all_input_nodes} <= {
+        "placeholder"
+    }
+
+
+def _unexplained(
+    model: nn.Module, pairs: Iterable[OwnedPair], loose: set[tuple[int, str]], not_followed: set[str]
+) -> set[int]:
+    """What may be used apart: at the end of a forward that no pair crosses, or in one that was not followed."""
+    explained: set[tuple[int, str]] = set()
+    apart: set[int] = set()
+    for pair in pairs:
+        members = {
+            id(model.get_submodule(name))
+            for name, is_function in (
+                (pair.record.convolution, pair.site is not None),
+                (pair.record.batch_norm, pair.to_function),
+            )
+            if not is_function
+        }
+        explained |= {(member, name) for member in members for name in pair.between}
+        if pair.owner in not_followed or len(members) < 2:
+            apart |= members
+    return apart | {member for member, name in loose - explained}
 
 
 _KEPT: Final = Skip("", SkipReason.CONVOLUTION_OUTPUT_USED_ELSEWHERE, "kept on some path of the forward")

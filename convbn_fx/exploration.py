@@ -9,10 +9,10 @@ import gc
 import inspect
 import operator
 import sys
+import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from types import FrameType, FunctionType
@@ -42,6 +42,7 @@ class Way:
     methods: dict[Node, set[tuple[int, str]]]
     sites: dict[Node, Site | None]
     with_other_gradients: set[Node]
+    is_whole: bool
 
 
 class _Guess(Proxy):
@@ -95,9 +96,9 @@ def _module_of_elsewhere(*_: Any, **__: Any) -> None:
 class _Explorer(Tracer):
     """Records one way through a forward."""
 
-    def __init__(self, opened: frozenset[str], given_all: bool, decisions: tuple[bool, ...]) -> None:
+    def __init__(self, opened: frozenset[str], given: frozenset[str], decisions: tuple[bool, ...]) -> None:
         super().__init__(opened)
-        self.given_all = given_all
+        self.given = given
         self.decisions = list(decisions)
         self.taken = 0
         self.frames: dict[FrameType, int] = {}
@@ -114,6 +115,17 @@ class _Explorer(Tracer):
         if node in self.methods:
             self.outputs.append((node, weakref.ref(proxy)))
         return proxy
+
+    def follow(self, root: nn.Module) -> bool:
+        """Follows the forward as far as guesses lead; tells whether that was to its end, or to what it raises itself."""
+        try:
+            self.trace(root)
+        except (AssertionError, ValueError, NotImplementedError) as error:
+            *_, (last, _) = traceback.walk_tb(error.__traceback__)
+            return not str(last.f_globals.get("__name__")).startswith(("torch.", "convbn_fx."))
+        except Exception:  # noqa: BLE001 - a forward may raise anything, and this one is given guesses
+            return False
+        return True
 
     def note_what_is_kept(self) -> None:
         """Records a reader of every output that outlives the forward, in whatever keeps it."""
@@ -144,7 +156,7 @@ class _Explorer(Tracer):
         kwargs: dict[str, Any] = {}
         for parameter in list(inspect.signature(root_fn).parameters.values())[1:]:
             if parameter.kind is parameter.VAR_KEYWORD or (
-                parameter.default is not parameter.empty and not self.given_all
+                parameter.default is not parameter.empty and parameter.name not in self.given
             ):
                 continue
             proxy = self.create_proxy("placeholder", parameter.name, (), {})
@@ -218,29 +230,35 @@ def explore(root: nn.Module, ends: "Ends") -> list[Way]:
 
 def _ways(root: nn.Module, opened: frozenset[str]) -> Iterator[Way]:
     parameters = list(inspect.signature(type(root).forward).parameters.values())[1:]
-    has_optional = any(parameter.default is not parameter.empty for parameter in parameters)
+    optional = [parameter.name for parameter in parameters if parameter.default is not parameter.empty]
+    given_together = {frozenset[str](), frozenset(optional), *(frozenset({name}) for name in optional)}
     variants = product(
-        (False, True) if _reads_its_mode(root) else (root.training,), (False, True)[: 1 + has_optional]
+        (False, True) if _reads_its_mode(root) else (root.training,), sorted(given_together, key=len)
     )
-    pending: list[tuple[bool, bool, tuple[bool, ...]]] = [(*variant, ()) for variant in variants]
-    for _ in range(_WAYS):
+    pending: list[tuple[bool, frozenset[str], tuple[bool, ...]]] = [(*variant, ()) for variant in variants]
+    for number in range(_WAYS):
         if not pending:
             return
-        training, given_all, decisions = pending.pop(0)
-        explorer = _Explorer(opened, given_all, decisions)
+        training, given, decisions = pending.pop(0)
+        explorer = _Explorer(opened, given, decisions)
         with attributes_as_found((root, *map(root.get_submodule, opened))), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             root.training = training
-            with suppress(Exception):  # a forward may raise anything, and this one is given guesses
-                explorer.trace(root)
+            followed = explorer.follow(root)
             explorer.note_what_is_kept()
-        yield Way(
-            root, explorer.graph, opened, explorer.methods, explorer.sites, explorer.with_other_gradients
-        )
         pending += [
-            (training, given_all, (*explorer.decisions[:taken], False))
+            (training, given, (*explorer.decisions[:taken], False))
             for taken in range(len(decisions), len(explorer.decisions))
         ]
+        yield Way(
+            root,
+            explorer.graph,
+            opened,
+            explorer.methods,
+            explorer.sites,
+            explorer.with_other_gradients,
+            followed and not (pending and number == _WAYS - 1),
+        )
 
 
 def _reads_its_mode(module: nn.Module) -> bool:

@@ -29,6 +29,8 @@ STAYS_IN_EVAL_MODE: Final = "_convbn_fx_stays_in_eval_mode"
 def _convolution_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return original(self, *args, **kwargs)
         pairing, kind = vars(self).get(PAIRING), kinds.convolution_kind(self)
         if pairing is not None and kind is not None and pairing.allows():
             args, kwargs = settled(args), settled(kwargs)
@@ -43,6 +45,8 @@ def _convolution_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 def _batch_norm_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return original(self, *args, **kwargs)
         for value in (*args, *kwargs.values()):
             waiting = waiting_in(value)
             if waiting is not None and (normalised := waiting.taken_by(self)) is not None:
@@ -56,10 +60,9 @@ def _owning_method(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         scope, calls = vars(self).get(SCOPE), vars(self).get(FUNCTION_CALLS)
-        if scope is None:
+        if scope is None or torch.compiler.is_compiling():
             return original(self, *args, **kwargs)
-        as_functions = None if torch.compiler.is_compiling() else calls
-        with scope.opened(), nullcontext() if as_functions is None else as_functions.mode():
+        with scope.opened(), nullcontext() if calls is None else calls.mode():
             return settled(original(self, *args, **kwargs))
 
     return method

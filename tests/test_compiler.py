@@ -37,11 +37,13 @@ NET = {
     ("block.second.conv", "block.second.norm"),
 }
 #: Inner backends that run the operators as they are; None is the plain form, without options.
-INNER = [None, "eager", "aot_eager"]
+INNER = [None, *(pytest.param(name, marks=pytest.mark.slow) for name in ("eager", "aot_eager"))]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.*deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm:FutureWarning"),
+    # Dynamo looks at .grad of every input
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
 ]
 
 
@@ -126,7 +128,7 @@ def test_is_listed():
 # --- The same function --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("inner", [None, "eager", "aot_eager"])
 def test_training_with_frozen_statistics(inner):
     model = net()
     candidate = compiled(model, inner, fullgraph=True)
@@ -357,7 +359,7 @@ def test_after_an_error_the_model_compiles_with_the_right_option():
 # --- Memory -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("inner", [None, "eager"])
+@pytest.mark.parametrize("inner", [None, pytest.param("eager", marks=pytest.mark.slow)])
 def test_training_saves_what_the_transformed_graph_saves(inner):
     model = net()
     candidate = compiled(model, inner)
@@ -397,7 +399,7 @@ def test_dead_models_are_freed(inner):
 def test_records_of_dead_models_do_not_pile_up():
     """A service that compiles models one after the other may never ask for a report."""
     before = len(compiled_reports._compiled)
-    for _ in range(5):
+    for _ in range(3):
         compiled(prepared(Pair()))(X)
         torch._dynamo.reset()
         gc.collect()
@@ -537,7 +539,7 @@ def test_another_backend_leaves_no_report():
 def test_recompilations_do_not_repeat_records():
     model = net()
     candidate = compiled(model, dynamic=False)
-    for batch in (1, 2, 3, 4):
+    for batch in (1, 3):
         candidate(data(batch, 3, 6, 6))
     model.stem.conv.requires_grad_(False)
     candidate(X)
@@ -556,21 +558,16 @@ def pre_activation(m, x):
     return m.conv(m.norm(x).relu())
 
 
-def modified(m, x):
-    return m.norm(m.conv(x).mul_(2))
-
-
 SKIPPED = {
     "CONVOLUTION_OUTPUT_USED_ELSEWHERE": lambda: Pair(forward=used_elsewhere),
     "NOT_AFTER_CONVOLUTION": lambda: Pair(norm=nn.BatchNorm2d(3), forward=pre_activation),
     "TRAINING_MODE": Pair,
     "NO_RUNNING_STATISTICS": lambda: Pair(norm=nn.BatchNorm2d(4, track_running_stats=False)),
-    "CHANNELS_DIFFER": lambda: Pair(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), lambda m, x: m.norm(m.conv(x))),
 }
 
 
-@pytest.mark.parametrize("inner", [None, "aot_eager"])
-@pytest.mark.parametrize("reason", [reason for reason in SKIPPED if reason != "CHANNELS_DIFFER"])
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("reason", SKIPPED)
 def test_reasons(reason, inner):
     """B2: every Eval-mode batch norm that stays has a reason, under its own name."""
     model = prepared(SKIPPED[reason]())
@@ -651,7 +648,7 @@ def test_a_report_outlives_statistics_and_parameters_put_in_place_of_others():
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.load_state_dict(state, assign=True)
     with no_recompilation():
-        assert_equivalent(net(), candidate, X)
+        torch.testing.assert_close(candidate(X), net()(X))
     assert pairs(candidate) == NET
 
 
@@ -664,33 +661,30 @@ def test_a_model_without_batch_norms():
 
 
 def test_the_model_is_left_as_it_is():
-    model = net()
-    keys, attributes = set(model.state_dict()), [set(vars(module)) for module in model.modules()]
-    candidate = compiled(model)
-    candidate(X).sum().backward()
-    report(candidate)
-    assert set(model.state_dict()) == keys
-    assert {key.removeprefix("_orig_mod.") for key in candidate.state_dict()} == keys
-    assert [set(vars(module)) for module in model.modules()] == attributes
-    torch.save(model.state_dict(), io.BytesIO())
+    def attributes(backend):
+        model = net()
+        candidate = torch.compile(model, backend=backend)
+        candidate(X).sum().backward()
+        if backend == "convbn":
+            report(candidate)
+        torch.save(model.state_dict(), io.BytesIO())
+        return list(candidate.state_dict()), [set(vars(module)) for module in model.modules()]
+
+    assert attributes("convbn") == attributes("eager")
 
 
-def test_parameters_can_be_swapped_if_they_can_under_other_backends():
-    """`torch.utils.swap_tensors` refuses tensors that somebody holds weak references to."""
-
-    def swapped(backend):
-        model = prepared(Pair())
-        torch.compile(model, backend=backend)(X)
-        torch._dynamo.reset()
-        other = prepared(Pair())
-        for name in ("weight", "bias"):
-            torch.utils.swap_tensors(getattr(model.conv, name), getattr(other.conv, name))
-
+@pytest.mark.parametrize("backend", ["eager", "convbn"])
+def test_parameters_can_be_swapped(backend):
+    """`torch.utils.swap_tensors`, by which modules may be converted, refuses tensors with weak references."""
+    model = prepared(Pair())
+    candidate = torch.compile(model, backend=backend)
+    candidate(X)
+    torch.__future__.set_swap_module_params_on_conversion(True)
     try:
-        swapped("eager")
-    except RuntimeError:
-        pytest.skip("this version of Dynamo holds weak references itself")
-    swapped("convbn")
+        model.float()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    torch.testing.assert_close(candidate(X.float()), model(X.float()))
 
 
 # --- B3: live -----------------------------------------------------------------------------------------------------
@@ -855,7 +849,7 @@ def test_faults_of_inductors_pass(fault, inner):
         assert len(report(candidate).fused) == count
 
 
-@pytest.mark.parametrize("inner", [None, "aot_eager"])
+@pytest.mark.parametrize("inner", INNER)
 def test_input_or_weight_changed_in_between(inner):
     def forward(m, x):
         x = x * 1
@@ -913,7 +907,7 @@ def no_autocast_around_the_norm(m, x):
             return m.norm(y.float())
 
 
-@pytest.mark.parametrize("inner", [None, "aot_eager"])
+@pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize(
     "forward", [convolution_without_gradients, norm_without_gradients, all_without_gradients]
 )
@@ -922,7 +916,7 @@ def test_gradients_switched_off_in_between(forward, inner):
     assert_equivalent(model, compiled(model, inner), X)
 
 
-@pytest.mark.parametrize("inner", [None, "aot_eager"])
+@pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize(
     "forward",
     [
@@ -947,7 +941,7 @@ def test_convolution_in_half_precision_and_norm_in_single(dtype, inner):
     assert pairs(candidate) == {("conv", "norm")}
 
 
-@pytest.mark.parametrize("inner", [None, "aot_eager"])
+@pytest.mark.parametrize("inner", INNER)
 def test_everything_under_autocast(inner):
     model = net(torch.float32)
     candidate = compiled(model, inner, fullgraph=True)
@@ -971,7 +965,7 @@ def test_a_folded_weight_that_float16_cannot_hold(inner):
     x = (X * 1e-4).half()
     candidate = compiled(model, inner, fullgraph=True)
     assert model(x).isfinite().all()
-    assert_equivalent(model, candidate, x)
+    assert_equivalent(model, candidate, x, rtol=3e-2)
     assert candidate(x).isfinite().all()
 
 
@@ -1013,7 +1007,7 @@ def output_returned_as_well(m, x):
     return {"features": y, "normalised": m.norm(y)}
 
 
-@pytest.mark.parametrize("inner", [None, "aot_eager"])
+@pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize(
     "forward",
     [
@@ -1036,7 +1030,7 @@ def test_sharing(forward, inner):
     assert told == called
 
 
-@pytest.mark.parametrize("inner", [None, "aot_eager"])
+@pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize("where", ["conv", "norm"])
 @pytest.mark.parametrize("before", [True, False])
 def test_forward_hooks(where, before, inner):
@@ -1053,8 +1047,7 @@ def test_forward_hooks(where, before, inner):
     if before:
         model.get_submodule(where).register_forward_hook(hook)
     candidate = compiled(model, inner)
-    assert_equivalent(model, candidate, X)
-    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):  # by default Dynamo does not look again
         assert_equivalent(model, candidate, X)
         if not before:
             model.get_submodule(where).register_forward_hook(hook)
@@ -1077,7 +1070,7 @@ def test_hooks_that_read_and_leave():
     torch.testing.assert_close(seen[0], seen[1])
 
 
-@pytest.mark.parametrize("inner", [None, "aot_eager"])
+@pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize(
     "parametrise",
     [
@@ -1107,7 +1100,7 @@ class Standardised(nn.Conv2d):
         return self._conv_forward(x, weight, self.bias)
 
 
-@pytest.mark.parametrize("inner", [None, "aot_eager"])
+@pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize("cls", [Scaled, Standardised])
 def test_subclasses_with_a_forward_of_their_own(cls, inner):
     model = prepared(Pair(cls(3, 4, 3)))
@@ -1188,7 +1181,8 @@ def test_reasons_inside_a_checkpoint():
     model = prepared(Checkpointed())
     model.block.first.norm.train()
     candidate = compiled(model)
-    assert_equivalent(model, candidate, X)
+    with torch.no_grad():  # with gradients no backend manages: the updates run again in the backward pass
+        assert_equivalent(model, candidate, X)
     assert skips(candidate) == {("block.first.norm", "TRAINING_MODE")}
     assert pairs(candidate) == NET - {("block.first.conv", "block.first.norm")}
 
@@ -1231,7 +1225,7 @@ def test_a_tuned_model_compiled(inner):
     assert {pair for pair in pairs(candidate) if USED not in pair[0]} == NET
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
 def test_a_tuned_model_compiled_by_others(backend):
     model = net()
     tuned = tune(model)
@@ -1247,14 +1241,22 @@ def test_a_tuned_model_compiled_by_others(backend):
     assert pairs(tuned) == names
 
 
-def test_a_tuned_model_compiled_saves_no_more_than_tuned():
-    model = net()
-    tuned = tune(model)
-    candidate = compiled(tuned)
-    candidate(X)
-    x = data(4, 3, 12, 12)
+def untouched(model):
+    return model
+
+
+def transformed(model):
+    return transform(symbolic_trace(model))
+
+
+@pytest.mark.parametrize("change", [untouched, tune, transformed])
+def test_a_layer_with_a_large_weight_saves_no_more_than_in_eval_mode(change):
+    """B14: at no shape, and so no folded weight either, whoever compiled what before."""
+    model = prepared(Pair(nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32)))
+    candidate = compiled(change(model))
+    x = data(1, 32, 3, 4).requires_grad_()
     candidate(x)
-    assert saved_bytes(candidate, x) <= saved_bytes(tuned, x) < saved_bytes(model, x)
+    assert saved_bytes(candidate, x) <= saved_bytes(model, x)
 
 
 def test_a_transformed_model_compiled():
@@ -1302,6 +1304,7 @@ def normalising(graph_module):
 
 
 @pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects:UserWarning")
 def test_a_tuned_model_exported(strict):
     model = net()
     program = torch.export.export(tune(model), (X,), strict=strict)
@@ -1373,9 +1376,12 @@ def test_an_exported_program_deployed(decomposed):
     with torch.no_grad():
         torch.testing.assert_close(deployed(X), model(X))
         before = captured(X)
-        for parameter in deployed.parameters():
+        shared = set(captured.parameters())
+        folded = [parameter for parameter in deployed.parameters() if parameter not in shared]
+        assert len(folded) == 2 * len(NET)
+        for parameter in folded:
             parameter.add_(1)
-        torch.testing.assert_close(captured(X), before)  # the folded parameters are of its own
+        torch.testing.assert_close(captured(X), before)
     assert normalising(captured)
 
 
@@ -1397,7 +1403,9 @@ def test_a_deployed_model_exported():
         torch.testing.assert_close(captured(X), model(X))
 
 
-@pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize(
+    "tracing_mode", ["real", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("fake", "symbolic"))]
+)
 def test_make_fx_of_a_tuned_training_step(tracing_mode):
     model = net()
     tuned = tune(model)
@@ -1433,7 +1441,12 @@ ZOO = {
 }
 
 
-@pytest.mark.parametrize("name", ZOO)
+LARGER = ("resnet18", "mobilenet_v3_small", "timm test_byobnet", "timm mobilevitv2_050")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LARGER else []) for name in ZOO]
+)
 def test_models_of_libraries(name):
     model = prepared(ZOO[name]())
     candidate = compiled(model, fullgraph=True)
@@ -1450,6 +1463,7 @@ def test_models_of_libraries(name):
     assert saved_bytes(candidate, SMALL) < saved_bytes(model, SMALL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["timm test_efficientnet", "timm test_byobnet"])
 def test_models_of_libraries_in_train_mode(name):
     model = prepared(ZOO[name]()).train()

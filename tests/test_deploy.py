@@ -125,8 +125,10 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(
+    ("layer", "dtype"),
+    [*((name, torch.float64) for name in LAYERS), *((name, torch.float32) for name in KINDS)],
+)
 def test_a_layer(layer, dtype):
     layer = LAYERS[layer]
     model = layer.model(dtype)
@@ -634,13 +636,6 @@ def test_tied_weights():
 # --- Other uses of a convolution's output -------------------------------------------------------------------------
 
 
-def optional_features(self, x, features=None):
-    y = self.conv(x)
-    if features is not None:
-        features = features + y
-    return self.norm(y), features
-
-
 class Optional(Pair):
     """Uses the output of its convolution elsewhere if it is asked to."""
 
@@ -705,7 +700,9 @@ class ByIdentity(Pair):
 
 
 @pytest.mark.parametrize(
-    ("cls", "argument"), [(ByName, "raw"), (ByMatch, "raw"), (ByIdentity, None)], ids=str
+    ("cls", "argument"),
+    [(ByName, "raw"), (ByMatch, "raw"), (ByIdentity, None)],
+    ids=["a key", "a match", "an identity"],
 )
 def test_an_option_that_is_no_tensor(cls, argument):
     torch.manual_seed(0)
@@ -875,8 +872,6 @@ READERS = {
     "eps": lambda self, x: self.norm(self.conv(x)) + self.norm.eps,
     "channels": lambda self, x: self.norm(self.conv(x)) * self.norm.num_features,
     "dtype": lambda self, x: self.norm(self.conv(x.to(self.norm.weight.dtype))),
-    "class": lambda self, x: self.norm(self.conv(x)) * isinstance(self.norm, nn.BatchNorm2d),
-    "all parameters": lambda self, x: self.norm(self.conv(x)) + sum(p.sum() for p in self.parameters()),
 }
 
 
@@ -1220,6 +1215,12 @@ def test_nothing_that_was_folded_is_left_in_a_graph(source):
     assert len(convs) == 3
 
 
+def test_a_name_that_begins_that_of_what_takes_its_place():
+    """`conv` is not used any more only because the graph calls a `conv_batch_norm_folded_0`."""
+    deployed = deploy(transform(convbn_fx.symbolic_trace(pair())))
+    assert len(list(deployed.parameters())) == 2
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_deployed_as_a_part_of_a_model(source):
     torch.manual_seed(0)
@@ -1233,8 +1234,16 @@ def test_deployed_as_a_part_of_a_model(source):
     assert_same(model, deployed, X)
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("source", ["transformed", "traced by torch.fx", "exported"])
+@pytest.mark.parametrize(
+    ("layer", "source"),
+    [
+        *((name, "transformed") for name in LAYERS),
+        *(
+            (name, "exported")
+            for name in (*KINDS, "strided", "strided_transpose", "zeros same 2d", "no_bias")
+        ),
+    ],
+)
 def test_a_layer_in_a_graph(layer, source):
     layer = LAYERS[layer]
     model = layer.model()
@@ -1410,8 +1419,10 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("small", SMALL)
-@pytest.mark.parametrize("source", ["model", "tuned", "transformed"])
+@pytest.mark.parametrize(
+    ("small", "source"),
+    [("net", "tuned"), ("linear", "model"), ("activation", "transformed")],
+)
 def test_torch_compile(small, source):
     torch._dynamo.reset()
     build, x = SMALL[small]
@@ -1474,7 +1485,7 @@ ONNX = {
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.onnx.*")
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.slow] if name == "mobilenet_v3_small" else []) for name in ONNX],
+    [pytest.param(name, marks=[] if name in ("net", "tuned net") else [pytest.mark.slow]) for name in ONNX],
 )
 def test_onnx(name, tmp_path):
     pytest.importorskip("onnxscript")
@@ -1506,6 +1517,7 @@ def of_timm(name, **options):
 WHOLE = {
     "resnet18": (partial(of_torchvision, "resnet18"), 20, 0),
     "densenet121": (partial(of_torchvision, "densenet121"), 59, 62),
+    "a small densenet": (partial(models.DenseNet, 8, (2, 2, 2), 16, num_classes=4), 7, 9),
     "tf_efficientnet_b0": (partial(of_timm, "tf_efficientnet_b0"), 49, 0),
     "resnetv2_50d": (partial(of_timm, "resnetv2_50d", layers=(1, 1, 1, 1)), 10, 5),
     "mobilenetv3_small_050": (partial(of_timm, "mobilenetv3_small_050"), 34, 0),
@@ -1514,7 +1526,11 @@ WHOLE = {
 
 
 #: What is not left for `make test-all`.
-QUICK = {"densenet121": torch.float64, "tf_efficientnet_b0": torch.float32, "resnetv2_50d": torch.float64}
+QUICK = {
+    "a small densenet": torch.float64,
+    "tf_efficientnet_b0": torch.float32,
+    "resnetv2_50d": torch.float64,
+}
 QUICK["resnet18"] = torch.float32
 
 
@@ -1525,6 +1541,7 @@ QUICK["resnet18"] = torch.float32
         for name in WHOLE
         for dtype in (torch.float64, torch.float32)
     ],
+    ids=str,
 )
 def test_a_whole_model(name, dtype):
     torch.manual_seed(0)
