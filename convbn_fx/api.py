@@ -14,7 +14,7 @@ from convbn_fx.graph_module import GraphModule
 from convbn_fx.linking import file_report, keep_in_eval_mode, link
 from convbn_fx.matching import find_pairs
 from convbn_fx.modes import batch_norms, selected
-from convbn_fx.records import Report, Skip, SkipReason
+from convbn_fx.records import Report, Skip, SkipReason, without_wrappers
 from convbn_fx.rewriting import copied, rewrite
 from convbn_fx.roles import REPORT
 
@@ -212,13 +212,15 @@ def report(model: nn.Module) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"report: expected a torch.nn.Module, got {type(model).__name__}")
     reports = [
-        part.prefixed(name)
+        part.prefixed(without_wrappers(name))
         for name, module in model.named_modules()
         for part in (vars(module).get(REPORT), getattr(module, "meta", {}).get(META_KEY))
         if part is not None
     ]
     if (compiled := compiled_report(model)) is not None:
-        reports.append(compiled)
+        known = {(pair.convolution, pair.batch_norm) for part in reports for pair in part.fused}
+        new = [pair for pair in compiled.fused if (pair.convolution, pair.batch_norm) not in known]
+        reports.append(Report(new, [] if known else compiled.skipped))
     if not reports:
         raise ValueError(
             f"report: nothing in this {type(model).__name__} was rewritten by convbn_fx. Pass the model that tune, "

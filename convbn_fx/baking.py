@@ -125,8 +125,8 @@ def _replacements(
             *((conv, plain) for conv, _, plain in baked),
             (norm, _remainder(norm, _check(baked[0][2], norms))),
         ]
-    if len(convs) == 1 and not hasattr(
-        baked[0][2], "output_padding"
+    if len(convs) == 1 and not isinstance(
+        baked[0][2], _ConvTransposeNd
     ):  # whose forward takes more than the input
         (conv,) = convs
         return [
@@ -280,13 +280,22 @@ def bake_graph(graph_module: GraphModule) -> list[Skip]:
         folded_away |= set(names)
     for node in reversed(graph.nodes):
         if node.op == "get_attr" and not node.users:
+            folded_away.add(str(node.target))
             graph.erase_node(node)
     for name in folded_away:
         if not any(f"{node.target}.".startswith(f"{name}.") for node in graph.nodes if node.op in _NAMING):
-            graph_module.delete_submodule(name)
+            owner, _, last = name.rpartition(".")
+            for members in _members_of(graph_module.get_submodule(owner)):
+                members.pop(last, None)
     graph.lint()
     graph_module.recompile()
     return skips
+
+
+def _members_of(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    """Its children, parameters and buffers; a dictionary of buffers is shared with the original."""
+    module._buffers = dict(module._buffers)
+    return module._modules, module._parameters, module._buffers
 
 
 def _added(graph_module: GraphModule, node: Node, module: nn.Module) -> str:

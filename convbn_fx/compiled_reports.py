@@ -1,92 +1,83 @@
-"""What was fused in the graphs that Dynamo captured, kept by the tensors that the graphs read.
+"""What was fused in the graphs that Dynamo captured, noted on the tensors that the graphs read.
 
 A backend is given graphs, not the model: what it did in them is found again by the parameters and buffers of the model
 that is asked for.
 """
 
-import weakref
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from convbn_fx import kinds
-from convbn_fx.records import Pair, Report, Skip
+from convbn_fx.records import Pair, Report, Skip, SkipReason, without_wrappers
+
+#: Attribute of a batch norm's running mean: the records that are about it, each with the id of a convolution's weight.
+_NOTES: Final = "_convbn_fx_notes"
 
 
-@dataclass(frozen=True)
-class _Compiled:
-    """A record of a graph, and the tensors by which its convolution and batch norm are known."""
-
-    record: Pair | Skip
-    weight: Callable[[], Tensor | None]
-    running_mean: Callable[[], Tensor | None]
-
-
-_compiled: Final[list[_Compiled]] = []
-
-
-def remember(report: Report, graph_module: torch.fx.GraphModule, example_inputs: Iterable[Any]) -> None:
-    """Keeps the report of one graph.
+class Notes:
+    """The report of one graph, to be left on the tensors that it reads; Dynamo may run a graph for several models.
 
     Args:
         report: By node names.
         graph_module: The graph as it was captured.
-        example_inputs: The tensors that its placeholders stand for.
     """
-    tensors = _tensors_by_node(graph_module, example_inputs)
-    for pair in report.fused:
-        weight, running_mean = (tensors.get(name) for name in (pair.convolution, pair.batch_norm))
-        _compiled.append(_Compiled(pair, _reference(weight), _reference(running_mean)))
-    for skip in report.skipped:
-        _compiled.append(_Compiled(skip, _reference(None), _reference(tensors.get(skip.batch_norm))))
+
+    def __init__(self, report: Report, graph_module: torch.fx.GraphModule) -> None:
+        inputs = _inputs_by_node(graph_module)
+        records: list[Pair | Skip] = [*report.fused, *report.skipped]
+        self._notes = [
+            (inputs[record.batch_norm], record, inputs.get(getattr(record, "convolution", "")))
+            for record in records
+            if record.batch_norm in inputs
+        ]
+
+    def leave_on(self, inputs: Sequence[Any]) -> None:
+        """Notes on each batch norm's tensor among the inputs of a call what was done in the graph."""
+        for number, record, weight in self._notes:
+            note = (record, None if weight is None else id(inputs[weight]))
+            if isinstance(inputs[number], Tensor) and note not in vars(inputs[number]).get(_NOTES, ()):
+                vars(inputs[number]).setdefault(_NOTES, []).append(note)
 
 
 def compiled_report(model: nn.Module) -> Report | None:
     """What was fused in the graphs that Dynamo captured of a model so far; None where it captured none."""
-    names = _names_by_tensor(model)
-    _compiled[:] = [entry for entry in _compiled if entry.running_mean() is not None]
-    pairs: dict[tuple[str, str], Pair] = {}
-    skips: dict[str, Skip] = {}
-    for entry in _compiled:
-        norm, conv = names.get(id(entry.running_mean())), names.get(id(entry.weight()))
-        if norm is None:
-            continue
-        if isinstance(entry.record, Pair):
-            pair = replace(entry.record, batch_norm=norm, convolution=conv or entry.record.convolution)
-            pairs[pair.convolution, norm] = pair
-        else:
-            skips[norm] = replace(entry.record, batch_norm=norm)
-    fused = {pair.batch_norm for pair in pairs.values()}
-    left = [skip for norm, skip in skips.items() if norm not in fused]
-    return Report(list(pairs.values()), left) if pairs or skips else None
-
-
-def _names_by_tensor(model: nn.Module) -> dict[int, str]:
-    return {
-        id(tensor): name.replace("_orig_mod.", "")
+    tensors = [
+        (without_wrappers(name), tensor)
         for name, module in model.named_modules()
         for tensor in (*module._parameters.values(), *module._buffers.values())
         if tensor is not None
-    }
+    ]
+    names: dict[int | None, str] = {id(tensor): name for name, tensor in tensors}
+    pairs: dict[tuple[str, str], Pair] = {}
+    skips: dict[tuple[str, SkipReason], Skip] = {}
+    for norm, tensor in tensors:
+        for record, weight in vars(tensor).get(_NOTES, ()):
+            if isinstance(record, Skip):
+                skips[norm, record.reason] = replace(record, batch_norm=norm)
+                continue
+            convolution = names.get(weight, record.convolution)
+            if convolution != norm:  # else they are functions of one module, and their nodes' names say more
+                record = replace(record, convolution=convolution, batch_norm=norm)
+            pairs[record.convolution, record.batch_norm] = record
+    fused = {pair.batch_norm for pair in pairs.values()}
+    left = [skip for (norm, _), skip in skips.items() if norm not in fused]
+    return Report(list(pairs.values()), left) if pairs or skips else None
 
 
-def _tensors_by_node(graph_module: torch.fx.GraphModule, example_inputs: Iterable[Any]) -> dict[str, Any]:
-    """For each convolution's and batch norm's node, by name: its weight or running mean, where that is an input."""
+def _inputs_by_node(graph_module: torch.fx.GraphModule) -> dict[str, int]:
+    """For each convolution's and batch norm's node, by name: which input is its weight or running mean."""
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-    inputs = dict(zip(placeholders, example_inputs, strict=False))
-    tensors = {}
+    numbers: dict[Any, int] = {node: number for number, node in enumerate(placeholders)}
+    inputs: dict[str, int | None] = {}
     for node in graph_module.graph.nodes:
         if node.target in kinds.CONVOLUTION_FUNCTIONS:
             _, operands = kinds.CONVOLUTION_FUNCTIONS[node.target].operands(*node.args, **node.kwargs)
-            tensors[node.name] = inputs.get(operands.weight)
+            inputs[node.name] = numbers.get(operands.weight)
         elif node.target in kinds.BATCH_NORM_FUNCTIONS:
             _, _, operands = kinds.BATCH_NORM_FUNCTIONS[node.target].operands(*node.args, **node.kwargs)
-            tensors[node.name] = inputs.get(operands.running_mean)
-    return tensors
-
-
-def _reference(tensor: Tensor | None) -> Callable[[], Tensor | None]:
-    return (lambda: None) if tensor is None else weakref.ref(tensor)
+            inputs[node.name] = numbers.get(operands.running_mean, numbers.get(operands.weight))
+    return {name: number for name, number in inputs.items() if number is not None}

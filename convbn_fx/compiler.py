@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from convbn_fx.api import META_KEY, transform
-from convbn_fx.compiled_reports import remember
+from convbn_fx.compiled_reports import Notes
 
 
 def convbn(
@@ -46,9 +46,19 @@ def convbn(
         unknown = ", ".join(map(repr, inner))
         raise ValueError(f"convbn: unknown option {unknown}. The only one is 'inner': a backend's name")
     fused = transform(graph_module)
-    remember(fused.meta[META_KEY], graph_module, example_inputs)
+    notes = Notes(fused.meta[META_KEY], graph_module)
+    notes.leave_on(example_inputs)
     if name is None:
-        return fused.forward
+        for node in fused.graph.nodes:
+            node.meta.pop(
+                "grapharg", None
+            )  # Dynamo's reference to the tensor, of which it clears its own graph alone
+
+        def run(*inputs: Any) -> Any:
+            notes.leave_on(inputs)
+            return fused.forward(*inputs)
+
+        return run
     for placeholder, original in zip(fused.graph.nodes, graph_module.graph.nodes, strict=False):
         if placeholder.op != "placeholder":
             break

@@ -117,7 +117,7 @@ class _Explorer(Tracer):
         return proxy
 
     def follow(self, root: nn.Module) -> bool:
-        """Follows the forward as far as guesses lead; tells whether that was to its end, or to what it raises itself."""
+        """Follows the forward as far as guesses lead; tells whether that was to its end (or what it raises itself)."""
         try:
             self.trace(root)
         except (AssertionError, ValueError, NotImplementedError) as error:

@@ -104,6 +104,11 @@ class SkipReason(StrEnum):
     )
 
 
+def without_wrappers(name: str) -> str:
+    """A qualified name without the steps that `torch.compile` puts into it."""
+    return ".".join(step for step in name.split(".") if step != "_orig_mod")
+
+
 @dataclass(frozen=True)
 class Pair:
     """A convolution and the batch norm after it, fused.
