@@ -57,13 +57,11 @@ class Scope(threading.local):
         self.depth, self.surroundings, self.waiting = self.depth + 1, _surroundings(), []
         try:
             yield
-        finally:
             for reference in self.waiting:
                 kept = reference()
-                if (
-                    kept is not None
-                ):  # somebody has kept the output, and may read it when the weights are others
+                if kept is not None:  # who keeps the output may read it when the weights are others
                     kept.settle_for_later()
+        finally:
             self.depth -= 1
             self.surroundings, self.waiting = outer
 

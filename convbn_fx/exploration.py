@@ -34,7 +34,17 @@ _NODES: Final = 20_000
 
 @dataclass
 class Way:
-    """What one exploration of a forward recorded."""
+    """What one exploration of a forward recorded.
+
+    Attributes:
+        root: The module whose forward it is.
+        graph: Its nodes; without an output where the forward raised.
+        opened: Children whose own forwards are part of it.
+        methods: For the nodes of convolutions and batch norms, the calls of the root's methods that were under way.
+        sites: For those that are functions, the code that called them.
+        with_other_gradients: Those inside of a with-statement that changes the grad mode.
+        is_whole: Whether the forward was followed to its end, and no way through it was left out.
+    """
 
     root: nn.Module
     graph: Graph
@@ -218,7 +228,15 @@ def kept_by_someone(*_: Any) -> None:
 
 
 def explore(root: nn.Module, ends: "Ends") -> list[Way]:
-    """The ways through a module's forward, inside those children too whose border a pair may cross."""
+    """Explores a module's forward, and inside those children whose border a pair may cross.
+
+    Args:
+        root: The module.
+        ends: What is known of its children.
+
+    Returns:
+        The ways through it.
+    """
     opened: frozenset[str] = frozenset()
     while True:
         ways = list(_ways(root, opened))
@@ -277,7 +295,12 @@ def _reads_its_mode(module: nn.Module) -> bool:
 
 @dataclass
 class Ends:
-    """The modules whose output may be a convolution's, and those whose input may go straight to a batch norm."""
+    """The modules whose output may be a convolution's, and those whose input may go straight to a batch norm.
+
+    Attributes:
+        convolutions: Ids of the former.
+        batch_norms: Ids of the latter.
+    """
 
     convolutions: set[int]
     batch_norms: set[int]

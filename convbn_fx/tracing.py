@@ -10,6 +10,7 @@ crosses a module's border.
 import copy
 import operator
 import random
+import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -250,11 +251,15 @@ def left_as_found(root: nn.Module) -> Iterator[None]:
     ]
     data = [(tensor, tensor.data) for tensor in (*root.parameters(), *root.buffers())]
     random_state = random.getstate()
+    numpy: Any = sys.modules.get("numpy")  # if the forward draws from it, it is imported
+    numpy_state = None if numpy is None else numpy.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]), _TensorsAsTheyAre(root), attributes_as_found(root.modules()):
             yield
     finally:
         random.setstate(random_state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
         for tensor, original in data:
             if _address(tensor) != _address(original):
                 tensor.data = original

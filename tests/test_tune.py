@@ -937,19 +937,15 @@ def test_compile(dynamic):
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-def test_compile_fuses():
-    graphs = []
-
-    def backend(graph_module, inputs):
-        graphs.append(graph_module)
-        return graph_module
-
-    torch.compile(tune(net()), backend=backend, fullgraph=True)(X)
-    assert "batch_norm" not in graphs[0].code
+def test_the_backend_fuses_what_was_tuned():
+    tuned = tune(net())
+    compiled = torch.compile(tuned, backend="convbn", fullgraph=True)
+    assert_equivalent(net(), compiled, X)
+    assert saved_bytes(compiled, X) < saved_bytes(net(), X)
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-def test_compile_follows_modes_and_hooks():
+def test_compile_follows_modes():
     model = pair()
     tuned = tune(model)
     compiled = torch.compile(tuned, backend="eager")
@@ -957,11 +953,6 @@ def test_compile_follows_modes_and_hooks():
         model.train(mode)
         tuned.train(mode)
         assert_equivalent(model, compiled, X)
-    handles = [m.conv.register_forward_hook(lambda m, args, output: output.sin()) for m in (model, tuned)]
-    assert_equivalent(model, compiled, X)
-    for handle in handles:
-        handle.remove()
-    assert_equivalent(model, compiled, X)
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
