@@ -125,9 +125,8 @@ def _replacements(
             *((conv, plain) for conv, _, plain in baked),
             (norm, _remainder(norm, _check(baked[0][2], norms))),
         ]
-    if len(convs) == 1 and not isinstance(
-        baked[0][2], _ConvTransposeNd
-    ):  # whose forward takes more than the input
+    takes_more_than_the_input = isinstance(baked[0][2], _ConvTransposeNd)
+    if len(convs) == 1 and not takes_more_than_the_input:
         (conv,) = convs
         return [
             *((norm, _remainder(norm, plain)) for _, norm, plain in baked),

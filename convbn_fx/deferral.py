@@ -149,9 +149,7 @@ class Waiting:
     def _in_surroundings_of_the_call(self) -> Iterator[None]:
         """Undoes what has been entered since: a region that is recomputed must save what it saves in Eval mode."""
         entered = []
-        while (
-            not torch.compiler.is_compiling() and _hooks() is not None and _hooks() not in self.surroundings
-        ):
+        while _hooks() is not None and _hooks() not in self.surroundings:
             entered.append(_hooks())
             torch._C._autograd._pop_saved_tensors_default_hooks()
         try:
@@ -255,9 +253,8 @@ def settled(value: Any) -> Any:
     if not isinstance(value, (tuple, list, dict)):
         return value
     parts = value.values() if isinstance(value, dict) else value
-    if all(
-        isinstance(part, Tensor) and waiting_in(part) is None for part in parts
-    ):  # as a forward's arguments are
+    # Most often the arguments of a forward: tensors, and nothing inside of them.
+    if all(isinstance(part, Tensor) and waiting_in(part) is None for part in parts):
         return value
     if all(waiting_in(leaf) is None for leaf in pytree.tree_leaves(value)):
         return value

@@ -153,8 +153,9 @@ def _used_apart(way: Way, matches: list[Match]) -> set[int]:
 
 def _at_the_ends(way: Way, matches: list[Match]) -> Iterator[nn.Module]:
     """Convolutions whose output the forward returns, and batch norms of what it is given: its caller may pair them."""
+    paired = _members(matches)
     for node in way.graph.nodes:
-        if node.op == "call_module" and node not in _members(matches) and _is_at_an_end(node, way):
+        if node.op == "call_module" and node not in paired and _is_at_an_end(node, way):
             yield way.root.get_submodule(str(node.target))
 
 
@@ -263,7 +264,7 @@ def _refusal(match: Match, way: Way) -> Skip | None:
     name = match.pair.batch_norm
     if match.convolution_node.op == "call_function" and isinstance(way.root, torch.fx.GraphModule):
         return Skip(name, SkipReason.FUNCTION_CALL)
-    if match.convolution_node.users.keys() != {match.batch_norm_node: None}.keys():
+    if set(match.convolution_node.users) != {match.batch_norm_node}:
         return Skip(name, SkipReason.CONVOLUTION_OUTPUT_USED_ELSEWHERE, "its shape or dtype is read")
     if way.with_other_gradients & {match.convolution_node, match.batch_norm_node}:
         return Skip(name, SkipReason.UNUSUAL_CALL, "inside a with-statement that changes the grad mode")

@@ -161,7 +161,7 @@ class _Explorer(Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        """Makes proxies for the required arguments, or for all."""
+        """Makes proxies for the required arguments, and for those optional ones that are to be given."""
         args: list[Any] = [self.root]
         kwargs: dict[str, Any] = {}
         for parameter in list(inspect.signature(root_fn).parameters.values())[1:]:
