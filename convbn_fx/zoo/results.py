@@ -280,19 +280,22 @@ def resume(path: Path) -> list[Row]:
     Raises:
         ResultsError: What is there is no results file.
     """
-    text = ""
+    found = b""
     if path.exists():
         try:
-            text = path.read_bytes().decode("utf-8", errors="ignore")  # half a line may end in half a character
+            found = path.read_bytes()
         except OSError as error:
             raise ResultsError(f"{path}: cannot be read: {error}") from error
-    whole = text[: text.rfind("\n") + 1]
+    whole = found[: found.rfind(b"\n") + 1]
     if not whole:
-        if not HEADER.startswith(text):
+        if not HEADER.encode().startswith(found):
             raise ResultsError(f"{path}: not a results file, and left as it is; name another with --out")
         write(path, [])
         return []
-    rows = parse(whole, str(path))
-    if whole != text:
-        os.truncate(path, len(whole.encode("utf-8")))
+    try:
+        rows = parse(whole.decode("utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise ResultsError(f"{path}: cannot be read: {error}") from error
+    if whole != found:
+        os.truncate(path, len(whole))
     return rows
