@@ -87,7 +87,7 @@ def randomize_batchnorms(model: ModuleT, seed: int = 0) -> ModuleT:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Worst error of each tensor, relative to the largest magnitude of the reference's tensor.
+    """Worst error of each tensor, relative to the largest magnitude of the reference's tensor (or module).
 
     Attributes:
         outputs: by place in the output, such as ``"output['logits'][0]"``.
@@ -107,11 +107,23 @@ def compare(
     kwargs: Mapping[str, Any] | None = None,
     seed: int = 0,
     input_gradients: bool = True,
+    per_module: bool = False,
 ) -> Comparison:
     """Measure how far two models are apart.
 
     See :func:`assert_equivalent` for the arguments and for what is compared. Parameters and buffers
     that only one of the models has are left out, and so are gradients that the reference does not have.
+
+    Args:
+        reference: see :func:`assert_equivalent`, as for all arguments but the last.
+        candidate: the model to be judged.
+        *inputs: positional arguments.
+        kwargs: keyword arguments.
+        seed: of the cotangents.
+        input_gradients: whether the gradients by the inputs count.
+        per_module: make errors relative to the largest magnitude among all the tensors of the same
+            module, and to at least a millionth of that of the whole model: what is zero but for rounding,
+            such as the gradient of an attention's key bias, has no scale of its own.
 
     Returns:
         The relative errors; infinite where only one of two values is NaN, or where the reference is
@@ -130,11 +142,16 @@ def compare(
     _assert_same_names(expected.outputs, actual.outputs)
 
     def relative_errors(wanted: _Values, found: _Values) -> dict[str, float]:
-        return {
-            name: _difference(name, value, found[name]).relative
+        differences = [
+            _difference(name, value, found[name])
             for name, value in wanted.items()
             if name in found and isinstance(value, Tensor | float | complex)
-        }
+        ]
+        if not per_module:
+            return {each.name: each.relative_to(each.scale) for each in differences}
+        scales = _scales_of_owners(differences)
+        least = 1e-6 * max(scales.values(), default=0.0)
+        return {each.name: each.relative_to(max(scales[each.owner], least)) for each in differences}
 
     return Comparison(
         relative_errors(expected.outputs, actual.outputs),
@@ -214,9 +231,7 @@ def assert_equivalent(
     ):
         _assert_same_names(wanted, found)
         differences = [_difference(name, value, found[name]) for name, value in wanted.items()]
-        scales: dict[str, float] = {}
-        for difference in differences:
-            scales[difference.owner] = max(difference.scale, scales.get(difference.owner, 0.0))
+        scales = _scales_of_owners(differences)
         for difference in differences:
             difference.check(rtol, atol, scales[difference.owner])
     if expected.error is not None:
@@ -254,11 +269,10 @@ class _Difference:
         """The module in the name: "gradient of conv" of "gradient of conv.weight"."""
         return self.name.rpartition(".")[0] or self.name
 
-    @property
-    def relative(self) -> float:
+    def relative_to(self, scale: float) -> float:
         if self.absolute == 0.0:
             return 0.0
-        return self.absolute / self.scale if self.scale else float("inf")
+        return self.absolute / scale if scale else float("inf")
 
     def check(self, rtol: float | None, atol: float | None, owner_scale: float) -> None:
         if self.kind in _TOLERANCES:
@@ -271,9 +285,16 @@ class _Difference:
         if self.absolute > tolerance:
             raise AssertionError(
                 f"{self.name} differs: worst absolute error {self.absolute:.3g}, "
-                f"relative error {self.relative:.3g}, {self.worst}; tolerance {tolerance:.3g} "
+                f"relative error {self.relative_to(self.scale):.3g}, {self.worst}; tolerance {tolerance:.3g} "
                 f"(atol {atol:.3g} + rtol {rtol:.3g} * {self.scale:.3g})"
             )
+
+
+def _scales_of_owners(differences: Iterable[_Difference]) -> dict[str, float]:
+    scales: dict[str, float] = {}
+    for difference in differences:
+        scales[difference.owner] = max(difference.scale, scales.get(difference.owner, 0.0))
+    return scales
 
 
 def _observe_both(

@@ -1,0 +1,274 @@
+"""One model measured: its pairs, the bytes it saves, its errors. The result is its row."""
+
+import copy
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import convbn_fx
+from convbn_fx.memory import saved_bytes
+from convbn_fx.modes import batch_norms
+from convbn_fx.testing import compare, randomize_batchnorms
+from convbn_fx.zoo.architectures import Subject, describe, load
+from convbn_fx.zoo.results import Level, Row, Status
+
+#: Largest relative error of an output or a gradient in float64 that counts as equal.
+TOLERANCE: Final = 1e-8
+
+#: Two images: PyTorch's batch norm computes wrong gradients for one where grad_output is strided like channels_last.
+BATCH: Final = 2
+
+#: Image sizes that are tried for numbers, smallest first.
+SIDES: Final = (64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 448, 512)
+
+#: Images are this times a standard normal draw: under larger ones the attention of networks with random weights
+#: saturates, and the model's own rounding errors hide what is to be seen.
+IMAGE_SCALE: Final = 0.1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How models are measured.
+
+    Attributes:
+        level: How much of each.
+        seed: Of weights, batch norms and images.
+        max_parameters: Models with more parameters are measured in structure only.
+        batch: How many images the bytes are counted for.
+        side: Height and width of these; each model's own by default.
+        threads: How many threads PyTorch may use.
+    """
+
+    level: Level = Level.STRUCTURE
+    seed: int = 0
+    max_parameters: float = math.inf
+    batch: int = BATCH
+    side: int | None = None
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Errors of a tuned model; each is relative to the largest magnitude of its tensor or module.
+
+    Attributes:
+        output_error: Worst of the outputs against the model's own, in float64.
+        gradient_error: The same of the gradients by the input and every parameter.
+        worst: Which gradient that is.
+        float32_error_tune: Worst of the outputs in float32 against float64.
+        float32_error_eval: The same of the untuned model's.
+    """
+
+    output_error: float
+    gradient_error: float
+    worst: str
+    float32_error_tune: float
+    float32_error_eval: float
+
+    @property
+    def failure(self) -> str:
+        """What is wrong in one line; empty if nothing is."""
+        if not self.output_error <= TOLERANCE:
+            return f"an output differs by {self.output_error:.2e} in float64; at most {TOLERANCE:g}"
+        if not self.gradient_error <= TOLERANCE:
+            return f"{self.worst} differs by {self.gradient_error:.2e} in float64; at most {TOLERANCE:g}"
+        return ""
+
+
+def measure(name: str, settings: Settings) -> Row:
+    """Measures one model.
+
+    Args:
+        name: The model's name, see [`load`][convbn_fx.zoo.architectures.load].
+        settings: How.
+
+    Returns:
+        Its row, whatever happens to the model; `seconds` is left to whoever runs this.
+    """
+    torch.set_num_threads(settings.threads)
+    row = Row(name=name, status=Status.PASS, level=Level.STRUCTURE)
+    try:
+        subject = _without_weights(name, settings.seed)
+    except Exception as error:  # noqa: BLE001 - whatever a constructor raises is a result
+        return replace(row, status=Status.UNBUILDABLE, level=settings.level, detail=in_one_line(error))
+    model = subject.model
+    row = replace(
+        row,
+        family=subject.family,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        batch_norms=len(list(batch_norms(model, [""]))),
+    )
+    numeric = settings.level is Level.NUMERIC and (row.parameters or 0) <= settings.max_parameters
+    row = replace(row, level=Level.NUMERIC if numeric else Level.STRUCTURE)
+    try:
+        row = _with_structure(row, subject, settings)
+        if numeric and row.fused and row.status is Status.PASS:
+            row = _with_numbers(row, subject, settings.seed)
+    except Exception as error:  # noqa: BLE001 - whatever a model or we raise is a result
+        row = replace(row, status=Status.ERROR, detail=in_one_line(error))
+    return row
+
+
+def _without_weights(name: str, seed: int) -> Subject:
+    """The model on the meta device; with weights where its constructor needs the values of tensors."""
+    try:
+        with torch.device("meta"):
+            return load(name)
+    except (NotImplementedError, RuntimeError):
+        return _with_weights(name, seed)
+
+
+def _with_weights(name: str, seed: int) -> Subject:
+    torch.manual_seed(seed)
+    return load(name)
+
+
+def _with_structure(row: Row, subject: Subject, settings: Settings) -> Row:
+    """The row with the numbers of pairs, of refusals, and of bytes."""
+    model = subject.model
+    tuned = convbn_fx.tune(model)
+    report = convbn_fx.report(tuned)
+    refused = {reason.name: count for reason, count in report.reasons.items()}
+    row = replace(row, fused=len(report.fused), refused=refused)
+    if not row.batch_norms and not row.fused:
+        return row
+    with torch.device("meta"):
+        inputs = subject.inputs(settings.batch, settings.side)
+    fake = not _is_meta(model)
+    if fake:
+        inputs = subject.inputs(settings.batch, settings.side)
+    saved = [
+        saved_bytes(each.get_submodule(subject.body), *inputs, fake=fake)
+        for each in (model, tuned, convbn_fx.deploy(model))
+    ]
+    row = replace(
+        row,
+        input=describe(subject, inputs),
+        **dict(zip(("bytes_eval", "bytes_tune", "bytes_deploy"), saved, strict=True)),
+    )
+    if saved[1] > saved[0]:
+        return replace(row, status=Status.FAIL, detail="tuned, it saves more bytes than before")
+    return row
+
+
+def _is_meta(model: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def _with_numbers(row: Row, structure: Subject, seed: int) -> Row:
+    numbers = compare_numbers(_with_weights(row.name, seed), smallest_side(structure), seed)
+    failure = numbers.failure
+    return replace(
+        row,
+        status=Status.FAIL if failure else row.status,
+        output_error=numbers.output_error,
+        gradient_error=numbers.gradient_error,
+        float32_error_tune=numbers.float32_error_tune,
+        float32_error_eval=numbers.float32_error_eval,
+        detail=failure,
+    )
+
+
+def smallest_side(subject: Subject) -> int | None:
+    """The smallest images that a model takes.
+
+    Args:
+        subject: The model; on the meta device, where trying costs nothing, or not.
+
+    Returns:
+        Their side in pixels, at most the model's own; None for the model's own inputs.
+    """
+    if not subject.resizable:
+        return None
+    model = subject.model.get_submodule(subject.body)
+    device = "meta" if _is_meta(subject.model) else "cpu"
+    largest = max(subject.shapes[0][-2:])
+    for side in (side for side in SIDES if side < largest):
+        with torch.device(device):
+            inputs = subject.inputs(BATCH, side)
+        try:
+            with torch.no_grad():
+                model(*inputs)
+        except Exception:  # noqa: BLE001, S112 - too small: models say so in every way there is
+            continue
+        return side
+    return None
+
+
+def compare_numbers(subject: Subject, side: int | None, seed: int) -> Numbers:
+    """Compares a model with itself tuned, in float64 and float32.
+
+    Args:
+        subject: The model, with weights; its batch norms are randomised.
+        side: Height and width of its images; its own by default.
+        seed: Of the batch norms and the images.
+
+    Returns:
+        The errors.
+
+    Raises:
+        AssertionError: The two differ in more than numbers.
+        Exception: Whatever the model raises.
+    """
+    single = randomize_batchnorms(subject.model, seed).get_submodule(subject.body)
+    double = copy.deepcopy(single).double()
+    images = drawn(subject.inputs(BATCH, side), seed)
+    doubles = pytree.tree_map_only(Tensor, _as_double, images)
+    # Tuned before the first call, in which some models cache tensors that have a history.
+    tuned, tuned_double = convbn_fx.tune(single), convbn_fx.tune(double)
+    comparison = compare(double, tuned_double, *doubles, per_module=True)
+    if any(comparison.state.values()):
+        changed = max(comparison.state, key=lambda name: comparison.state[name])
+        raise AssertionError(f"{changed} differs")
+    with torch.no_grad():
+        reference = _tensors(double(*doubles))
+        float32 = [_worst_error(_tensors(each(*images)), reference) for each in (tuned, single)]
+    worst = max(comparison.gradients, key=lambda name: comparison.gradients[name], default="")
+    return Numbers(
+        output_error=max(comparison.outputs.values(), default=0.0),
+        gradient_error=comparison.gradients.get(worst, 0.0),
+        worst=worst,
+        float32_error_tune=float32[0],
+        float32_error_eval=float32[1],
+    )
+
+
+def drawn(inputs: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
+    """Random images in the place of inputs that hold no memory; a user's own examples stay as they are."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 0 or tensor.stride() != (0,) * tensor.dim():
+            return tensor
+        return IMAGE_SCALE * torch.randn(tensor.shape, generator=generator)
+
+    images: tuple[Any, ...] = pytree.tree_map_only(Tensor, draw, inputs)
+    return images
+
+
+def _as_double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def _worst_error(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
+    errors = [
+        ((ours.double() - theirs).abs().max() / theirs.abs().max()).item()
+        for ours, theirs in zip(found, expected, strict=True)
+        if theirs.is_floating_point() and theirs.numel()
+    ]
+    return max(errors, default=0.0)
+
+
+def in_one_line(error: BaseException) -> str:
+    """An exception in one line: its type and the first line of its message."""
+    message = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {message}"[:300]
