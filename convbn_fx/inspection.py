@@ -3,6 +3,7 @@
 Everything is counted on fake tensors, so that any batch and any size of images fits on a laptop.
 """
 
+import math
 import random
 import sys
 from collections.abc import Iterable, Iterator
@@ -70,7 +71,7 @@ class Inspection:
         report: The pairs that [`tune`][convbn_fx.tune] fuses, and the batch norms that it leaves.
         saved: Bytes saved for the backward pass by one call; None where it cannot run on fake tensors.
         note: Why it cannot; empty if it can.
-        pairs: One record per fused pair, in the order of the report.
+        pairs: One record per fused pair, in the order in which they run; the last are those that are not known to.
     """
 
     model: str
@@ -162,7 +163,10 @@ def inspect_model(model: nn.Module, inputs: tuple[Any, ...], *, body: str = "") 
         except Exception as error:  # noqa: BLE001 - a forward may raise anything where values are missing
             note = _first_line(error)
             recorder.calls.clear()
-        pairs = [_inspected(pair, members.get(pair), recorder) for pair in result.fused]
+        pairs = [
+            _inspected(pair, members.get(pair), recorder)
+            for pair in sorted(result.fused, key=lambda pair: _place(members.get(pair), recorder))
+        ]
     return Inspection(type(model).__name__, _described(inputs), body, result, saved, note, pairs)
 
 
@@ -193,6 +197,10 @@ def _inspected(pair: Pair, members: Members | None, recorder: Recorder) -> PairI
     return PairInspection(
         pair, len(calls), saved_alone(conv, norm, calls), coefficients_of(norm), float16_range_of(conv, norm)
     )
+
+
+def _place(members: Members | None, recorder: Recorder) -> float:
+    return math.inf if members is None else recorder.place_of(*members)
 
 
 def _saved(model: nn.Module, body: str, inputs: tuple[Any, ...]) -> int:

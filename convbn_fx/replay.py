@@ -6,6 +6,7 @@ pair; an input that is a view counts as a tensor of its own.
 """
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
@@ -120,6 +121,11 @@ class Recorder:
     def calls_of(self, conv: nn.Module, norm: nn.Module) -> list[Call]:
         """The calls of one pair."""
         return self.calls.get((id(conv), id(norm)), [])
+
+    def place_of(self, conv: nn.Module, norm: nn.Module) -> float:
+        """The place of a pair in the order of first calls; that of pairs that were not called is behind all others."""
+        places = {key: place for place, key in enumerate(self.calls)}
+        return places.get((id(conv), id(norm)), math.inf)
 
     @contextmanager
     def watching(self, pairs: Collection[Members]) -> Iterator[None]:

@@ -115,13 +115,12 @@ class Float16Range:
     def warning(self) -> str:
         """What is out of range and by how much; empty where nothing is."""
         parts = [
-            f"the folded {name} reaches {value:.2g}, beyond float16's largest number {LARGEST:.0f}"
+            f"the folded {name} reaches {value:.3g}, beyond {LARGEST:.0f}"
             for name, value in (("weight", self.largest_weight), ("bias", self.largest_bias))
             if value > LARGEST
         ]
         if self.underflows:
-            normal = f"float16's smallest normal number {SMALLEST_NORMAL:.1e}"
-            parts.append(f"folding puts {self.lost:.1%} of the weights below {normal}")
+            parts.append(f"folding puts {self.lost:.1%} of the weights below {SMALLEST_NORMAL:.1e}")
         return "; ".join(parts)
 
     def to_json(self) -> dict[str, Any]:
