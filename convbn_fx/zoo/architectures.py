@@ -111,7 +111,9 @@ def _torchvision(name: str, architecture: str, pretrained: bool) -> Subject:
     package, _, module = builder.__module__.removeprefix("torchvision.models.").rpartition(".")
     # A backbone is trained apart and would be downloaded, too.
     apart = {} if pretrained or package not in {"detection", "segmentation"} else {"weights_backbone": None}
-    initialised = {"init_weights": True} if architecture in {"googlenet", "inception_v3"} and not pretrained else {}
+    initialised = (
+        {"init_weights": True} if architecture in {"googlenet", "inception_v3"} and not pretrained else {}
+    )
     model = builder(weights=weights, **apart, **initialised).eval()
     body = "backbone" if package == "detection" else ""
     shapes = _torchvision_shapes(torchvision, architecture, package, model)
@@ -130,7 +132,9 @@ def _torchvision_shapes(
     weights = torchvision.models.get_model_weights(architecture).DEFAULT
     transforms = weights.transforms()
     side = getattr(transforms, "crop_size", None) or transforms.resize_size
-    if hasattr(model, "image_size"):  # a vision transformer takes no other, whatever its largest weights were made for
+    if hasattr(
+        model, "image_size"
+    ):  # a vision transformer takes no other, whatever its largest weights were made for
         side = [model.image_size]
     if package == "video":
         return ((3, weights.meta.get("min_temporal_size", 16), side[0], side[-1]),)
@@ -143,7 +147,8 @@ def _own(name: str, factory: str, pretrained: bool) -> Subject:
     model, examples = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise UnknownModel(
-            f"{name}: the factory made a {type(made).__name__}; it has to return a torch.nn.Module, or one and its inputs"
+            f"{name}: the factory made a {type(made).__name__}; "
+            "it has to return a torch.nn.Module, or one and a tuple of its inputs"
         )
     if examples is not None and not isinstance(examples, tuple):
         examples = (examples,)
@@ -168,7 +173,9 @@ def _factory(name: str, module: str, factory: str) -> Callable[..., Any]:
             raise UnknownModel(f"{name}: {module} has no {factory!r}")
         found = getattr(found, step)
     if not callable(found) or isinstance(found, nn.Module):
-        raise UnknownModel(f"{name}: {factory} is a {type(found).__name__}; name a function that makes the model")
+        raise UnknownModel(
+            f"{name}: {factory} is a {type(found).__name__}; name a function that makes the model"
+        )
     made: Callable[..., Any] = found
     return made
 
@@ -180,7 +187,9 @@ def _library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise UnknownModel(f"{error.name} is not installed; it comes with: pip install 'convbn-fx[zoo]'") from None
+        raise UnknownModel(
+            f"{error.name} is not installed; it comes with: pip install 'convbn-fx[zoo]'"
+        ) from None
 
 
 def _unknown(name: str, architecture: str, known: Iterable[str]) -> str:

@@ -142,16 +142,18 @@ def _with_structure(row: Row, subject: Subject, settings: Settings) -> Row:
     fake = not _is_meta(model)
     if fake:
         inputs = subject.inputs(settings.batch, settings.side)
-    saved = [
+    in_eval_mode, in_tune_mode, in_deploy_mode = (
         saved_bytes(each.get_submodule(subject.body), *inputs, fake=fake)
         for each in (model, tuned, convbn_fx.deploy(model))
-    ]
+    )
     row = replace(
         row,
         input=describe(subject, inputs),
-        **dict(zip(("bytes_eval", "bytes_tune", "bytes_deploy"), saved, strict=True)),
+        bytes_eval=in_eval_mode,
+        bytes_tune=in_tune_mode,
+        bytes_deploy=in_deploy_mode,
     )
-    if saved[1] > saved[0]:
+    if in_tune_mode > in_eval_mode:
         return replace(row, status=Status.FAIL, detail="tuned, it saves more bytes than before")
     return row
 

@@ -120,9 +120,7 @@ _FORMATS: Mapping[str, _Format] = {
     **dict.fromkeys(
         ("parameters", "batch_norms", "fused", "bytes_eval", "bytes_tune", "bytes_deploy"), _COUNT
     ),
-    **dict.fromkeys(
-        ("output_error", "gradient_error", "float32_error_tune", "float32_error_eval"), _ERROR
-    ),
+    **dict.fromkeys(("output_error", "gradient_error", "float32_error_tune", "float32_error_eval"), _ERROR),
     "refused": _Format(_write_counts, _read_counts),
     "seconds": _Format("{:.1f}".format, float),
 }

@@ -1,0 +1,170 @@
+"""Many models measured side by side, through joblib: on this machine, or on a cluster of Dask or Ray."""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any, Final
+
+import joblib
+
+from convbn_fx.zoo.isolation import Owner, call
+from convbn_fx.zoo.measuring import Settings, measure
+from convbn_fx.zoo.results import Row, Status
+
+#: How often in a row the workers may break down without a single new result.
+PATIENCE: Final = 3
+
+
+class Backend(StrEnum):
+    """What joblib runs the jobs on."""
+
+    LOKY = "loky"
+    DASK = "dask"
+    RAY = "ray"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one model may take.
+
+    Attributes:
+        seconds: Wall time.
+        memory: Bytes of resident memory; None for no limit.
+    """
+
+    seconds: float | None = 900.0
+    memory: int | None = None
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where the jobs run.
+
+    Attributes:
+        jobs: How many at a time; on a cluster that is there already, as many as it has workers.
+        backend: What joblib runs them on.
+        address: Of the scheduler of a cluster that is there; one is started on this machine by default.
+    """
+
+    jobs: int = 1
+    backend: Backend = Backend.LOKY
+    address: str | None = None
+
+
+def sweep(names: Iterable[str], settings: Settings, limits: Limits, cluster: Cluster) -> Iterator[Row]:
+    """Measures models, each in a process of its own.
+
+    Whatever happens to a model is a row. Workers that are lost are replaced; the models that they were at are measured
+    again.
+
+    Args:
+        names: The models.
+        settings: How each is measured.
+        limits: What each may take.
+        cluster: Where they run.
+
+    Yields:
+        One row for each model, as they come.
+
+    Raises:
+        Exception: What joblib raises, if workers break down three times in a row without a new row.
+    """
+    todo = dict.fromkeys(names)
+    fruitless = 0
+    with _ENGINES[cluster.backend](cluster) as run:
+        while todo:
+            try:
+                for row in run(_Job(settings, limits, Owner()), list(todo)):
+                    fruitless = 0
+                    del todo[row.name]
+                    yield row
+            except Exception:  # whatever the workers' engine raises when it loses one
+                fruitless += 1
+                if fruitless == PATIENCE:
+                    raise
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a worker does for one model."""
+
+    settings: Settings
+    limits: Limits
+    owner: Owner
+
+    def __call__(self, name: str) -> Row:
+        began = time.monotonic()
+        limits = self.limits
+        ending = call(
+            measure, name, self.settings, timeout=limits.seconds, memory_limit=limits.memory, owner=self.owner
+        )
+        row: Row = ending.value
+        if ending.status is not Status.PASS:
+            row = Row(name=name, status=ending.status, level=self.settings.level, detail=ending.detail)
+        return replace(row, seconds=time.monotonic() - began)
+
+
+Runner = Callable[[_Job, Sequence[str]], Iterable[Row]]
+
+
+@contextmanager
+def _loky(cluster: Cluster) -> Iterator[Runner]:
+    if cluster.address is not None:
+        raise ValueError("--address is for --backend dask and ray; loky runs on this machine")
+    yield lambda job, names: _as_they_come(job, names, n_jobs=cluster.jobs, backend="loky")
+
+
+@contextmanager
+def _dask(cluster: Cluster) -> Iterator[Runner]:
+    from distributed import Client
+
+    own = {"n_workers": cluster.jobs, "threads_per_worker": 1}
+    there = {"address": cluster.address} if cluster.address else own
+    with Client(**there, set_as_default=False) as client:
+
+        def run(job: _Job, names: Sequence[str]) -> Iterator[Row]:
+            with joblib.parallel_config(backend="dask", client=client):
+                yield from _as_they_come(job, names, n_jobs=-1)
+
+        yield run
+
+
+@contextmanager
+def _ray(cluster: Cluster) -> Iterator[Runner]:
+    import ray
+    from ray.util.joblib import register_ray
+
+    there = {"address": cluster.address} if cluster.address else {"num_cpus": cluster.jobs}
+    ray.init(**there, log_to_driver=False)
+    try:
+        register_ray()
+        jobs = int(ray.cluster_resources()["CPU"])
+
+        def run(job: _Job, names: Sequence[str]) -> Iterator[Row]:
+            with joblib.parallel_config(backend="ray", n_jobs=jobs):
+                for first in range(
+                    0, len(names), 4 * jobs
+                ):  # of Ray, the rows come all together or not at all
+                    some = names[first : first + 4 * jobs]
+                    yield from joblib.Parallel(batch_size=1)(joblib.delayed(job)(name) for name in some)
+
+        yield run
+    finally:
+        ray.shutdown()
+
+
+_ENGINES = {Backend.LOKY: _loky, Backend.DASK: _dask, Backend.RAY: _ray}
+
+
+def _as_they_come(job: _Job, names: Sequence[str], **options: Any) -> Iterator[Row]:
+    parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1, **options)
+    rows: Iterator[Row] = parallel(joblib.delayed(job)(name) for name in names)
+    return rows
+
+
+def processors() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
