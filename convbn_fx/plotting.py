@@ -1,6 +1,8 @@
 """The picture in a report: the memory of each pair before and after, and the coefficients' histogram."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +17,11 @@ _EVAL, _TUNE, _NEGATIVE = "#E69F00", "#0072B2", "#CC79A7"
 
 #: More names than this cannot be read side by side.
 _NAMES: Final = 60
+
 _BINS: Final = 60
+
+#: A name longer than this is cut off at its front.
+_LETTERS: Final = 32
 
 
 def plot(inspection: Inspection, path: str | Path) -> None:
@@ -31,7 +37,9 @@ def plot(inspection: Inspection, path: str | Path) -> None:
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"plot: cannot write {path.name}; the formats are {', '.join(FORMATS)}")
-    _save(inspection, path, path.suffix.lower()[1:], {})
+    with _styled({}):
+        metadata = _NO_METADATA if path.suffix.lower() == ".svg" else None
+        _figure(inspection, with_heading=True).savefig(path, dpi=150, metadata=metadata)
 
 
 def inline_svg(inspection: Inspection) -> str:
@@ -44,7 +52,8 @@ def inline_svg(inspection: Inspection) -> str:
         An `<svg>` element; all text in it is escaped.
     """
     file = StringIO()
-    _save(inspection, file, "svg", dict.fromkeys(_COLORED, _TEXT_COLOR) | {"savefig.transparent": True})
+    with _styled(dict.fromkeys(_COLORED, _TEXT_COLOR) | {"savefig.transparent": True}):
+        _figure(inspection, with_heading=False).savefig(file, format="svg", metadata=_NO_METADATA)
     svg = file.getvalue()
     return svg[svg.index("<svg") :].replace(_TEXT_COLOR, "currentColor")
 
@@ -60,15 +69,19 @@ _COLORED: Final = (
 _TEXT_COLOR: Final = "#0a0b0c"  # any colour that is nowhere else
 
 
-def _save(inspection: Inspection, file: Path | StringIO, suffix: str, style: dict[str, Any]) -> None:
+_NO_METADATA: Final = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+
+
+@contextmanager
+def _styled(more: dict[str, Any]) -> Iterator[None]:
+    """Matplotlib's own style and ours, whatever the user's is."""
     import matplotlib as mpl
 
     with mpl.rc_context():
         mpl.rcdefaults()
-        for name, value in (_STYLE | style).items():
-            mpl.rcParams[name] = value  # type: ignore[index]
-        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type")) if suffix == "svg" else None
-        _figure(inspection).savefig(file, format=suffix, dpi=150, metadata=metadata)
+        for name, value in (_STYLE | more).items():
+            mpl.rcParams[name] = value  # type: ignore[index] # any string
+        yield
 
 
 _STYLE: Final = {
@@ -87,11 +100,12 @@ _STYLE: Final = {
 }
 
 
-def _figure(inspection: Inspection) -> Any:
+def _figure(inspection: Inspection, with_heading: bool) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7.5), layout="constrained")
-    figure.suptitle(heading(inspection), fontsize=11, x=0.01, ha="left", parse_math=False)
+    if with_heading:
+        figure.suptitle(heading(inspection), fontsize=11, x=0.01, ha="left", parse_math=False)
     upper, lower = figure.subplots(2, 1, height_ratios=(3, 2))
     _draw_memory(upper, inspection)
     _draw_coefficients(lower, inspection)
@@ -101,15 +115,16 @@ def _figure(inspection: Inspection) -> Any:
 def _draw_memory(axes: Any, inspection: Inspection) -> None:
     """One bar per pair: what Eval mode keeps, and in front of it what Tune mode keeps."""
     rows = [(row.pair.convolution, row.saved) for row in inspection.pairs if row.saved is not None]
-    axes.set_title("Saved for the backward pass by each pair" + _total(inspection))
+    axes.set_title("Saved for the backward pass by each pair")
     if not rows:
         _say(axes, inspection.note or "no pair was counted")
         return
     unit = unit_of(saved.eval for _, saved in rows)
     width = 0.8 if len(rows) <= _NAMES else 1.0
+    in_eval_mode, in_tune_mode = _totals(inspection)
     for label, color, counts in (
-        ("Eval mode (the whole bar)", _EVAL, [saved.eval for _, saved in rows]),
-        ("Tune mode", _TUNE, [saved.tune for _, saved in rows]),
+        (f"Eval mode (the whole bar){in_eval_mode}", _EVAL, [saved.eval for _, saved in rows]),
+        (f"Tune mode{in_tune_mode}", _TUNE, [saved.tune for _, saved in rows]),
     ):
         heights = [float(in_unit(count, unit)) for count in counts]
         axes.bar(range(len(rows)), heights, width, color=color, label=label)
@@ -119,16 +134,19 @@ def _draw_memory(axes: Any, inspection: Inspection) -> None:
     named = range(0, len(rows), step)
     names = [_shortened(rows[place][0]) for place in named]
     axes.set_xticks(named, names, rotation=90, fontsize=7, parse_math=False)
-    axes.legend(loc="upper right", ncols=2)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderpad=0, ncols=2)  # beside the title
 
 
-def _total(inspection: Inspection) -> str:
+def _totals(inspection: Inspection) -> tuple[str, str]:
+    """What the legend says of the whole model."""
     saved = inspection.saved
     if saved is None:
-        return ""
+        return "", ""
     unit = unit_of([saved.eval])
-    before, after = (f"{in_unit(count, unit)} {unit}" for count in (saved.eval, saved.tune))
-    return f"; the whole model: {before} in Eval mode, {after} in Tune mode ({share(saved.tune, saved.eval)})"
+    before, after = (
+        f"; the whole model: {in_unit(count, unit)} {unit}" for count in (saved.eval, saved.tune)
+    )
+    return before, f"{after} ({share(saved.tune, saved.eval)})"
 
 
 def _draw_coefficients(axes: Any, inspection: Inspection) -> None:
@@ -139,7 +157,7 @@ def _draw_coefficients(axes: Any, inspection: Inspection) -> None:
         _say(axes, "no coefficient is known")
         return
     magnitudes = [abs(value) for value in values]
-    lowest, highest = min(magnitudes) / 1.1, max(magnitudes) * 1.1
+    lowest, highest = min(magnitudes) / 2, max(magnitudes) * 2
     edges = [lowest * (highest / lowest) ** (place / _BINS) for place in range(_BINS + 1)]
     positive, negative = [v for v in values if v > 0], [-v for v in values if v < 0]
     axes.hist(
@@ -163,8 +181,8 @@ def _say(axes: Any, words: str) -> None:
 
 
 def _shortened(name: str) -> str:
-    return name if len(name) <= _LETTERS else f"\N{HORIZONTAL ELLIPSIS}{name[1 - _LETTERS :]}"
-
-
-#: A name longer than this is cut off at its front.
-_LETTERS: Final = 32
+    """The name, or as much of its end as there is room for, from a dot on."""
+    if len(name) <= _LETTERS:
+        return name
+    end = name[-_LETTERS:]
+    return f"\N{HORIZONTAL ELLIPSIS}{end[max(end.find('.'), 0) :]}"

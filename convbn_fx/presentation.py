@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from rich import box
-from rich.console import Group, JustifyMethod, RenderableType
+from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -53,10 +53,10 @@ def render(inspection: Inspection) -> RenderableType:
 
 def _refusal(refusal: tables.Refusal) -> list[RenderableType]:
     return [
-        Text(f"{len(refusal.batch_norms)} left: {refusal.reason.name}", style="bold"),
+        Text(f"{refusal.count} left: {refusal.reason.name}", style="bold"),
         _indented(refusal.reason.value),
         _indented(f"cure: {refusal.reason.cure}", style="green"),
-        _indented(", ".join(refusal.batch_norms), style="dim"),
+        *(_indented(line, style="dim") for line in refusal.listed),
     ]
 
 
@@ -67,8 +67,11 @@ def _indented(words: str, style: str = "") -> Padding:
 def _table(content: tables.Table) -> Table:
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)
     for column in content.columns:
-        justify: JustifyMethod = "right" if column.is_number else "left"
-        table.add_column(Text(column.title), justify=justify, no_wrap=column.is_number, overflow="fold")
+        if column.is_number:
+            title = "\n".join(column.title.rsplit(" ", 1))  # the numbers are narrow
+            table.add_column(Text(title), justify="right", no_wrap=True)
+        else:
+            table.add_column(Text(column.title), overflow="fold")
     for row in content.rows:
         table.add_row(*map(Text, row))
     return table

@@ -1,6 +1,5 @@
 """What a report says, as tables of plain words and numbers: the terminal and the HTML page show the same ones."""
 
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, NamedTuple
@@ -41,11 +40,24 @@ class Refusal:
 
     Attributes:
         reason: The reason, with its explanation and cure.
-        batch_norms: The name of each, and what exactly stood in its way.
+        batch_norms: Their names, by what exactly stood in the way; the key is empty where the reason says it all.
     """
 
     reason: SkipReason
-    batch_norms: list[str]
+    batch_norms: dict[str, list[str]]
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return sum(map(len, self.batch_norms.values()))
+
+    @property
+    def listed(self) -> list[str]:
+        """The names, one line for all that have what stood in the way in common."""
+        return [
+            f"{detail}: {', '.join(names)}" if detail else ", ".join(names)
+            for detail, names in self.batch_norms.items()
+        ]
 
 
 def heading(inspection: Inspection) -> str:
@@ -67,28 +79,18 @@ def totals(saved: SavedBytes) -> Table:
 
 def pairs(inspection: Inspection) -> Table:
     """Each pair with its bytes and coefficients."""
+    titles = ("coefficients: smallest", "median", "largest", "negative", "zero")
     return Table(
+        [Column("pair", is_number=False), *_byte_columns(inspection), *map(Column, titles)],
         [
-            Column("convolution", is_number=False),
-            Column("batch norm", is_number=False),
-            *_byte_columns(inspection),
-            *(Column(title) for title in ("smallest", "median", "largest", "negative", "zero")),
-        ],
-        [
-            [
-                row.pair.convolution,
-                row.pair.batch_norm,
-                *cells,
-                *_magnitudes(row.coefficients),
-                *_counts(row.coefficients),
-            ]
+            [together(row.pair), *cells, *_magnitudes(row.coefficients), *_counts(row.coefficients)]
             for row, cells in zip(inspection.pairs, _byte_cells(inspection), strict=True)
         ],
     )
 
 
 def pairs_in_brief(inspection: Inspection) -> Table:
-    """The same for a narrow page."""
+    """The same for a narrow page: of the coefficients only the smallest, median and largest, in one cell."""
     return Table(
         [Column("pair", is_number=False), *_byte_columns(inspection), Column("coefficients")],
         [
@@ -166,14 +168,11 @@ def remarks(inspection: Inspection) -> list[str]:
 
 def refusals(inspection: Inspection) -> list[Refusal]:
     """The batch norms that were left, by reason, the most frequent first."""
-    by_reason: defaultdict[SkipReason, list[str]] = defaultdict(list)
+    found: dict[SkipReason, Refusal] = {}
     for skip in inspection.report.skipped:
-        by_reason[skip.reason].append(
-            f"{skip.batch_norm} ({skip.detail})" if skip.detail else skip.batch_norm
-        )
-    return sorted(
-        (Refusal(*item) for item in by_reason.items()), key=lambda refusal: -len(refusal.batch_norms)
-    )
+        refusal = found.setdefault(skip.reason, Refusal(skip.reason, {}))
+        refusal.batch_norms.setdefault(skip.detail, []).append(skip.batch_norm)
+    return sorted(found.values(), key=lambda refusal: -refusal.count)
 
 
 def warnings(inspection: Inspection) -> list[tuple[str, str]]:

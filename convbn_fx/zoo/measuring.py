@@ -3,11 +3,14 @@
 import copy
 import math
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 import convbn_fx
@@ -131,17 +134,15 @@ def _with_weights(name: str, seed: int) -> Subject:
 def _with_structure(row: Row, subject: Subject, settings: Settings) -> Row:
     """The row with the numbers of pairs, of refusals, and of bytes."""
     model = subject.model
+    fake = not _is_meta(model)
+    with nullcontext() if fake else torch.device("meta"):
+        inputs = subject.inputs(settings.batch, settings.side)
+    if not row.batch_norms and not _normalises(model, subject.body, inputs):
+        return replace(row, fused=0, refused={})
     tuned = convbn_fx.tune(model)
     report = convbn_fx.report(tuned)
     refused = {reason.name: count for reason, count in report.reasons.items()}
     row = replace(row, fused=len(report.fused), refused=refused)
-    if not row.batch_norms and not row.fused:
-        return row
-    with torch.device("meta"):
-        inputs = subject.inputs(settings.batch, settings.side)
-    fake = not _is_meta(model)
-    if fake:
-        inputs = subject.inputs(settings.batch, settings.side)
     in_eval_mode, in_tune_mode, in_deploy_mode = (
         saved_bytes(each.get_submodule(subject.body), *inputs, fake=fake)
         for each in (model, tuned, convbn_fx.deploy(model))
@@ -156,6 +157,28 @@ def _with_structure(row: Row, subject: Subject, settings: Settings) -> Row:
     if in_tune_mode > in_eval_mode:
         return replace(row, status=Status.FAIL, detail="tuned, it saves more bytes than before")
     return row
+
+
+class _BatchNormWatcher(TorchFunctionMode):
+    """Notices calls of the function that every batch norm ends in."""
+
+    called = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.called |= func in (F.batch_norm, torch.batch_norm)
+        return func(*args, **(kwargs or {}))
+
+
+def _normalises(model: nn.Module, body: str, inputs: tuple[Any, ...]) -> bool:
+    """Whether a forward without batch norm modules calls the function itself; to look for pairs takes longer."""
+    try:
+        with torch.no_grad(), _BatchNormWatcher() as watcher:
+            model.get_submodule(body)(*inputs)
+    except Exception:  # noqa: BLE001 - it may yet be looked through
+        return True
+    return bool(watcher.called)
 
 
 def _is_meta(model: nn.Module) -> bool:
