@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from convbn_fx.inspection import Inspection
-from convbn_fx.tables import heading, in_unit, share, unit_of
+from convbn_fx.tables import heading, in_unit, share, uncounted, unit_of
 
 FORMATS: Final = (".png", ".svg", ".pdf")
 
@@ -105,7 +105,7 @@ def _figure(inspection: Inspection, with_heading: bool) -> Any:
 
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     if with_heading:
-        figure.suptitle(heading(inspection), fontsize=11, x=0.01, ha="left", parse_math=False)
+        figure.suptitle(_heading(inspection), fontsize=11, x=0.01, ha="left", parse_math=False)
     upper, lower = figure.subplots(2, 1, height_ratios=(3, 2))
     _draw_memory(upper, inspection)
     _draw_coefficients(lower, inspection)
@@ -117,14 +117,13 @@ def _draw_memory(axes: Any, inspection: Inspection) -> None:
     rows = [(row.pair.convolution, row.saved) for row in inspection.pairs if row.saved is not None]
     axes.set_title("Saved for the backward pass by each pair")
     if not rows:
-        _say(axes, inspection.note or "no pair was counted")
+        _say(axes, uncounted(inspection) or "no pair was counted")
         return
     unit = unit_of(saved.eval for _, saved in rows)
     width = 0.8 if len(rows) <= _NAMES else 1.0
-    in_eval_mode, in_tune_mode = _totals(inspection)
     for label, color, counts in (
-        (f"Eval mode (the whole bar){in_eval_mode}", _EVAL, [saved.eval for _, saved in rows]),
-        (f"Tune mode{in_tune_mode}", _TUNE, [saved.tune for _, saved in rows]),
+        ("Eval mode (the whole bar)", _EVAL, [saved.eval for _, saved in rows]),
+        ("Tune mode", _TUNE, [saved.tune for _, saved in rows]),
     ):
         heights = [float(in_unit(count, unit)) for count in counts]
         axes.bar(range(len(rows)), heights, width, color=color, label=label)
@@ -137,16 +136,13 @@ def _draw_memory(axes: Any, inspection: Inspection) -> None:
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderpad=0, ncols=2)  # beside the title
 
 
-def _totals(inspection: Inspection) -> tuple[str, str]:
-    """What the legend says of the whole model."""
+def _heading(inspection: Inspection) -> str:
     saved = inspection.saved
     if saved is None:
-        return "", ""
+        return heading(inspection)
     unit = unit_of([saved.eval])
-    before, after = (
-        f"; the whole model: {in_unit(count, unit)} {unit}" for count in (saved.eval, saved.tune)
-    )
-    return before, f"{after} ({share(saved.tune, saved.eval)})"
+    before, after = (f"{in_unit(count, unit)} {unit}" for count in (saved.eval, saved.tune))
+    return f"{heading(inspection)}: {before} in Eval mode, {after} in Tune mode ({share(saved.tune, saved.eval)})"
 
 
 def _draw_coefficients(axes: Any, inspection: Inspection) -> None:
@@ -157,7 +153,7 @@ def _draw_coefficients(axes: Any, inspection: Inspection) -> None:
         _say(axes, "no coefficient is known")
         return
     magnitudes = [abs(value) for value in values]
-    lowest, highest = min(magnitudes) / 2, max(magnitudes) * 2
+    lowest, highest = min(magnitudes) / 3.2, max(magnitudes) * 3.2  # a decade at least
     edges = [lowest * (highest / lowest) ** (place / _BINS) for place in range(_BINS + 1)]
     positive, negative = [v for v in values if v > 0], [-v for v in values if v < 0]
     axes.hist(

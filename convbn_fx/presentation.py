@@ -34,7 +34,7 @@ def render(inspection: Inspection) -> RenderableType:
         Text(inspection.report.summary),
     ]
     if inspection.saved is None:
-        parts.append(Text(f"not counted: {inspection.note}", style="yellow"))
+        parts.append(Text(tables.uncounted(inspection), style="yellow"))
     else:
         parts += [Text(), _table(tables.totals(inspection.saved))]
     if inspection.pairs:
@@ -93,8 +93,9 @@ def write_html(inspection: Inspection, path: str | Path) -> None:
     template = environment.from_string((files("convbn_fx") / "report.html").read_text(encoding="utf-8"))
     page = template.render(
         heading=tables.heading(inspection),
-        inspection=inspection,
+        summary=inspection.report.summary,
         totals=None if inspection.saved is None else tables.totals(inspection.saved),
+        uncounted=tables.uncounted(inspection),
         pairs=tables.pairs(inspection),
         remarks=tables.remarks(inspection),
         picture=Markup(inline_svg(inspection)),  # noqa: S704 - matplotlib escapes the text in it

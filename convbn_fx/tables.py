@@ -1,5 +1,6 @@
 """What a report says, as tables of plain words and numbers: the terminal and the HTML page show the same ones."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, NamedTuple
@@ -64,6 +65,11 @@ def heading(inspection: Inspection) -> str:
     """What was called with what."""
     called = f"{inspection.model}.{inspection.body}" if inspection.body else inspection.model
     return f"{called}({', '.join(inspection.inputs)})"
+
+
+def uncounted(inspection: Inspection) -> str:
+    """Why there are no bytes; empty if there are."""
+    return inspection.note and f"Not counted: the call fails on tensors without values ({inspection.note})."
 
 
 def totals(saved: SavedBytes) -> Table:
@@ -171,7 +177,8 @@ def refusals(inspection: Inspection) -> list[Refusal]:
     found: dict[SkipReason, Refusal] = {}
     for skip in inspection.report.skipped:
         refusal = found.setdefault(skip.reason, Refusal(skip.reason, {}))
-        refusal.batch_norms.setdefault(skip.detail, []).append(skip.batch_norm)
+        detail = re.sub(r"_\d+$", "", skip.detail)  # of a node's name, the number says nothing
+        refusal.batch_norms.setdefault(detail, []).append(skip.batch_norm)
     return sorted(found.values(), key=lambda refusal: -refusal.count)
 
 
