@@ -13,6 +13,7 @@ import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from types import FrameType, FunctionType
@@ -141,7 +142,7 @@ class _Explorer(Tracer):
         """Records a reader of every output that outlives the forward, in whatever keeps it."""
         self.frames.clear()  # they keep what was local
         if any(reference() is not None for _, reference in self.outputs):
-            gc.collect()
+            gc.collect(0)  # where all that the forward has made still is
         kept = [node for node, reference in self.outputs if reference() is not None or node in self.asked_for]
         self.graph.create_node("call_function", kept_by_someone, tuple(kept))
 
@@ -262,8 +263,9 @@ def _ways(root: nn.Module, opened: frozenset[str]) -> Iterator[Way]:
         with attributes_as_found((root, *map(root.get_submodule, opened))), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             root.training = training
-            followed = explorer.follow(root)
-            explorer.note_what_is_kept()
+            with _nothing_ages():
+                followed = explorer.follow(root)
+                explorer.note_what_is_kept()
         pending += [
             (training, given, (*explorer.decisions[:taken], False))
             for taken in range(len(decisions), len(explorer.decisions))
@@ -277,6 +279,18 @@ def _ways(root: nn.Module, opened: frozenset[str]) -> Iterator[Way]:
             explorer.with_other_gradients,
             followed and not (pending and number == _WAYS - 1),
         )
+
+
+@contextmanager
+def _nothing_ages() -> Iterator[None]:
+    """Holds the garbage collector back: what is made meanwhile stays young, and the young are quickly collected."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _reads_its_mode(module: nn.Module) -> bool:

@@ -71,33 +71,40 @@ class Subject:
         return tuple(torch.empty(()).expand(batch, *shape) for shape in shapes)
 
 
-def load(name: str, *, pretrained: bool = False) -> Subject:
+def load(name: str, *, pretrained: bool = False, built_for: int | None = None) -> Subject:
     """Builds a model by its name.
 
     Args:
         name: `timm:NAME`, `torchvision:NAME` or `package.module:factory`. A factory is called without arguments (and
             with `pretrained=True` if that is asked for); it returns a model, or a model and a tuple of its inputs.
         pretrained: Load the library's trained weights; they are downloaded unless they are there.
+        built_for: Height and width of other images than its own that a model of timm's is built for.
 
     Returns:
         The model in Eval mode, with its inputs.
 
     Raises:
         UnknownModel: There is no such model or factory, or it makes something else.
+        TypeError: The model cannot be built for other images.
     """
     library, separator, rest = name.partition(":")
     if not (separator and rest and library):
         raise UnknownModel(
             f"{name!r} is no model's name; give timm:NAME, torchvision:NAME or package.module:factory"
         )
-    return _LIBRARIES.get(library, _own)(name, rest, pretrained)
+    build = _LIBRARIES.get(library, _own)
+    if built_for is None:
+        return build(name, rest, pretrained)
+    if build is not _timm:
+        raise TypeError(f"{name} is not built for images of any one size")
+    return _timm(name, rest, pretrained, img_size=built_for)
 
 
-def _timm(name: str, architecture: str, pretrained: bool) -> Subject:
+def _timm(name: str, architecture: str, pretrained: bool, **options: int) -> Subject:
     timm = _library("timm")
     if not timm.is_model(architecture):
         raise UnknownModel(_unknown(name, architecture, timm.list_models()))
-    model = timm.create_model(architecture, pretrained=pretrained).eval()
+    model = timm.create_model(architecture, pretrained=pretrained, **options).eval()
     module = timm.model_entrypoint(architecture).__module__.rpartition(".")[2]
     return Subject(name, f"timm.{module}", model, (tuple(model.default_cfg["input_size"]),))
 

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -82,6 +82,22 @@ class Numbers:
             return f"{self.worst} differs by {self.gradient_error:.2e} in float64; at most {TOLERANCE:g}"
         return ""
 
+    def __str__(self) -> str:
+        """What `convbn-fx report --check` prints."""
+        return self.failure or (
+            f"Checked in float64: outputs differ by {self.output_error:.1e} at most, "
+            f"gradients by {self.gradient_error:.1e} ({self.worst})."
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain types; what is not finite is None."""
+        errors = {name: value if math.isfinite(value) else None for name, value in self._errors()}
+        return {"passed": not self.failure, "failure": self.failure, **errors}
+
+    def _errors(self) -> Iterator[tuple[str, float]]:
+        for name in ("output_error", "gradient_error", "float32_error_tune", "float32_error_eval"):
+            yield name, getattr(self, name)
+
 
 def measure(name: str, settings: Settings) -> Row:
     """Measures one model.
@@ -126,9 +142,9 @@ def _without_weights(name: str, seed: int) -> Subject:
         return _with_weights(name, seed)
 
 
-def _with_weights(name: str, seed: int) -> Subject:
+def _with_weights(name: str, seed: int, built_for: int | None = None) -> Subject:
     torch.manual_seed(seed)
-    return load(name)
+    return load(name, built_for=built_for)
 
 
 def _with_structure(row: Row, subject: Subject, settings: Settings) -> Row:
@@ -186,7 +202,9 @@ def _is_meta(model: nn.Module) -> bool:
 
 
 def _with_numbers(row: Row, structure: Subject, seed: int) -> Row:
-    numbers = compare_numbers(_with_weights(row.name, seed), smallest_side(structure), seed)
+    size = smallest_size(structure)
+    subject = _with_weights(row.name, seed, size.side if size.rebuilt else None)
+    numbers = compare_numbers(subject, size.side, seed)
     failure = numbers.failure
     return replace(
         row,
@@ -199,30 +217,43 @@ def _with_numbers(row: Row, structure: Subject, seed: int) -> Row:
     )
 
 
-def smallest_side(subject: Subject) -> int | None:
-    """The smallest images that a model takes.
+@dataclass(frozen=True)
+class Size:
+    """Images for a model: their height and width, None for its own; and whether it has to be built for them."""
+
+    side: int | None = None
+    rebuilt: bool = False
+
+
+def smallest_size(subject: Subject) -> Size:
+    """The smallest images that a model takes, or else that it can be built for.
 
     Args:
         subject: The model; on the meta device, where trying costs nothing, or not.
 
     Returns:
-        Their side in pixels, at most the model's own; None for the model's own inputs.
+        Their size, at most the model's own.
     """
     if not subject.resizable:
-        return None
-    model = subject.model.get_submodule(subject.body)
-    device = "meta" if _is_meta(subject.model) else "cpu"
+        return Size()
     largest = max(subject.shapes[0][-2:])
-    for side in (side for side in SIDES if side < largest):
+    sides = [side for side in SIDES if side < largest]
+    sizes = [Size(side, rebuilt) for rebuilt in (False, True) for side in sides]
+    return next((size for size in sizes if _takes(subject, size)), Size())
+
+
+def _takes(subject: Subject, size: Size) -> bool:
+    device = "meta" if _is_meta(subject.model) else "cpu"
+    try:
         with torch.device(device):
-            inputs = subject.inputs(BATCH, side)
-        try:
-            with torch.no_grad():
-                model(*inputs)
-        except Exception:  # noqa: BLE001, S112 - too small: models say so in every way there is
-            continue
-        return side
-    return None
+            if size.rebuilt:
+                subject = load(subject.name, built_for=size.side)
+            inputs = subject.inputs(BATCH, size.side)
+        with torch.no_grad():
+            subject.model.get_submodule(subject.body)(*inputs)
+    except Exception:  # noqa: BLE001 - too small: models say so in every way there is
+        return False
+    return True
 
 
 def compare_numbers(subject: Subject, side: int | None, seed: int) -> Numbers:
@@ -240,26 +271,29 @@ def compare_numbers(subject: Subject, side: int | None, seed: int) -> Numbers:
         AssertionError: The two differ in more than numbers.
         Exception: Whatever the model raises.
     """
-    single = randomize_batchnorms(subject.model, seed).get_submodule(subject.body)
-    double = copy.deepcopy(single).double()
+    model = randomize_batchnorms(subject.model, seed).get_submodule(subject.body)
     images = drawn(subject.inputs(BATCH, side), seed)
+    # All copies are made before the first call, in which some models cache tensors that have a history.
+    tuned = convbn_fx.tune(model)
+    double, tuned_double = copy.deepcopy((model, tuned))
+    double.double(), tuned_double.double()
     doubles = pytree.tree_map_only(Tensor, _as_double, images)
-    # Tuned before the first call, in which some models cache tensors that have a history.
-    tuned, tuned_double = convbn_fx.tune(single), convbn_fx.tune(double)
     comparison = compare(double, tuned_double, *doubles, per_module=True)
     if any(comparison.state.values()):
         changed = max(comparison.state, key=lambda name: comparison.state[name])
         raise AssertionError(f"{changed} differs")
     with torch.no_grad():
         reference = _tensors(double(*doubles))
-        float32 = [_worst_error(_tensors(each(*images)), reference) for each in (tuned, single)]
+        in_tune_mode, in_eval_mode = (
+            _worst_error(_tensors(each(*images)), reference) for each in (tuned, model)
+        )
     worst = max(comparison.gradients, key=lambda name: comparison.gradients[name], default="")
     return Numbers(
         output_error=max(comparison.outputs.values(), default=0.0),
         gradient_error=comparison.gradients.get(worst, 0.0),
         worst=worst,
-        float32_error_tune=float32[0],
-        float32_error_eval=float32[1],
+        float32_error_tune=in_tune_mode,
+        float32_error_eval=in_eval_mode,
     )
 
 
