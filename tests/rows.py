@@ -34,7 +34,7 @@ _awkward = st.sampled_from(
 texts = st.just("") | _words | _awkward.map(lambda text: " ".join(text.split()))
 names = st.sampled_from([f"timm:{letter}" for letter in "abcdef"]) | texts.filter(bool)
 counts = st.integers(0, 300) | st.integers(0, 10**30)
-errors = st.floats().map(lambda error: float(f"{error:.2e}"))
+errors = st.floats().map(lambda error: float(f"{abs(error):.2e}"))
 reasons = st.dictionaries(st.sampled_from([reason.name for reason in SkipReason]), counts, max_size=4)
 
 
@@ -62,7 +62,7 @@ def rows(name=names):
         gradient_error=optional(errors),
         float32_error_tune=optional(errors),
         float32_error_eval=optional(errors),
-        seconds=optional(st.floats().map(lambda seconds: float(f"{seconds:.1f}"))),
+        seconds=optional(st.floats().map(lambda seconds: float(f"{abs(seconds):.1f}"))),
         detail=texts,
     )
 

@@ -10,7 +10,12 @@ import pytest
 import convbn_fx
 
 PACKAGE = Path(convbn_fx.__file__).parent
-FILES = {path.stem: path for path in PACKAGE.glob("*.py")}
+FILES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+}
+#: The command line, which an extra installs what it needs for.
+COMMANDS = {"cli", "gate", "presentation", "plotting", "__main__", *(name for name in FILES if name.startswith("zoo"))}
 #: What only an extra installs, or what a library for any model has no business with.
 FOREIGN = {
     "torchvision",
@@ -37,8 +42,8 @@ def imports(name):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name}: a relative import"
             found.add(node.module)
-            if node.module == "convbn_fx":
-                found |= {f"convbn_fx.{alias.name}" for alias in node.names if alias.name in FILES}
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name for name in inside if name.removeprefix("convbn_fx.") in FILES}
     return found
 
 
@@ -128,11 +133,16 @@ def test_nobody_imports_the_package_itself_nor_in_a_circle():
 
 
 @pytest.mark.parametrize(
-    "name", sorted(FILES.keys() - {"cli", "zoo", "gate", "__main__", "presentation", "plotting"})
+    "name", sorted(FILES.keys() - COMMANDS)
 )
 def test_the_core_imports_torch_and_the_standard_library(name):
     allowed = {"torch", "convbn_fx"} | set(sys.stdlib_module_names)
     assert {found.partition(".")[0] for found in imports(name)} <= allowed
+
+
+def test_the_core_knows_nothing_of_the_command_line():
+    for name in FILES.keys() - COMMANDS:
+        assert not siblings(name) & COMMANDS, name
 
 
 def test_the_public_names():

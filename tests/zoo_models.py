@@ -72,8 +72,8 @@ def refusing():
 
 
 def chatty():
-    print("a line on stdout")
-    print("a line on stderr", file=sys.stderr)
+    sys.stdout.write("a line on stdout\n")
+    sys.stderr.write("a line on stderr\n")
     return small()
 
 

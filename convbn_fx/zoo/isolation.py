@@ -7,13 +7,12 @@ import faulthandler
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -53,25 +52,11 @@ class Ending:
     detail: str = ""
 
 
-@dataclass(frozen=True)
-class Owner:
-    """A process that waits for results, here or on another machine."""
-
-    host: str = field(default_factory=socket.gethostname)
-    process: int = field(default_factory=os.getpid)
-
-    @property
-    def gone(self) -> bool:
-        """Whether it is known to have ended: only those of this machine are."""
-        return self.host == socket.gethostname() and not psutil.pid_exists(self.process)
-
-
 def call(
     function: Callable[..., Any],
     *arguments: Any,
     timeout: float | None = None,
     memory_limit: int | None = None,
-    owner: Owner | None = None,
 ) -> Ending:
     """Calls a function in a process of its own.
 
@@ -80,7 +65,6 @@ def call(
         *arguments: What it is called with.
         timeout: Seconds after which the process is killed.
         memory_limit: Bytes of resident memory beyond which it is killed, it and its own children together.
-        owner: Who wants the result; once that process is gone, this one is killed.
 
     Returns:
         How it ended. An exception that the function raises counts as a crash.
@@ -95,7 +79,7 @@ def call(
         process.start()
         theirs.close()
         try:
-            return _watch(process, ours, timeout, memory_limit, owner, log)
+            return _watch(process, ours, timeout, memory_limit, log)
         finally:
             _end(process)
 
@@ -111,6 +95,19 @@ def _context() -> Any:
     return context
 
 
+@cache
+def end_with_parent() -> None:
+    """Ends this process as soon as its parent has ended, however that came about; called again, it does nothing."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(LOOK_EVERY)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _run(connection: Connection, log: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     """What the process does."""
     with open(log, "wb", buffering=0) as output:  # noqa: PTH123 - one open file, for both streams
@@ -119,14 +116,15 @@ def _run(connection: Connection, log: str, function: Callable[..., Any], argumen
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     faulthandler.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, who ends this process
-    threading.Thread(target=_die_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     connection.send(function(*arguments))
     connection.close()
 
 
-def _die_with(parent: BaseProcess | None) -> None:
-    if parent is not None:
-        parent.join()
+def _end_with(caller: BaseProcess | None) -> None:
+    """Ends this process with its caller, which is not its parent: that is the server of forks."""
+    if caller is not None:
+        caller.join()
     os._exit(1)
 
 
@@ -135,7 +133,6 @@ def _watch(
     connection: Connection,
     timeout: float | None,
     memory_limit: int | None,
-    owner: Owner | None,
     log: Path,
 ) -> Ending:
     end = time.monotonic() + timeout if timeout is not None else None
@@ -153,8 +150,6 @@ def _watch(
             )
         if end is not None and time.monotonic() > end:
             return Ending(status=Status.TIMEOUT, detail=f"longer than {timeout:g} s")
-        if owner is not None and owner.gone:
-            return Ending(status=Status.CRASH, detail="nobody waits for the result any more")
 
 
 def _how_it_died(process: BaseProcess, log: Path) -> str:

@@ -7,6 +7,7 @@ half-written; no field holds a newline.
 import csv
 import io
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -99,8 +100,13 @@ def _write_counts(counts: Mapping[str, int]) -> str:
 
 
 def _read_counts(cell: str) -> Counter[str]:
-    pairs = (item.rpartition(":") for item in cell.split() if cell != "none")
-    return Counter({name: _read_count(count) for name, _, count in pairs})
+    if cell == "none":
+        return Counter()
+    pairs = [item.rpartition(":") for item in cell.split(" ")]
+    counts = Counter({name: _read_count(count) for name, _, count in pairs})
+    if len(counts) < len(pairs) or "" in counts:
+        raise ValueError(cell)
+    return counts
 
 
 def _read_count(cell: str) -> int:
@@ -109,9 +115,26 @@ def _read_count(cell: str) -> int:
     return int(cell)
 
 
-_TEXT = _Format(lambda text: " ".join(text.split()), str)
+def _read_error(cell: str) -> float:
+    if not re.fullmatch(r"\d+(\.\d*)?(e[+-]?\d+)?|inf|nan", cell):
+        raise ValueError(cell)
+    return float(cell)
+
+
+def _write_text(text: str) -> str:
+    """In one line; what is no Unicode, such as a path that cannot be decoded, escaped."""
+    return " ".join(text.encode("utf-8", "backslashreplace").decode("utf-8").split())
+
+
+def _read_text(cell: str) -> str:
+    if cell != " ".join(cell.split()):
+        raise ValueError(cell)
+    return cell
+
+
+_TEXT = _Format(_write_text, _read_text)
 _COUNT = _Format(str, _read_count)
-_ERROR = _Format("{:.2e}".format, float)
+_ERROR = _Format("{:.2e}".format, _read_error)
 
 _FORMATS: Mapping[str, _Format] = {
     "status": _Format(str, Status),
@@ -122,7 +145,7 @@ _FORMATS: Mapping[str, _Format] = {
     ),
     **dict.fromkeys(("output_error", "gradient_error", "float32_error_tune", "float32_error_eval"), _ERROR),
     "refused": _Format(_write_counts, _read_counts),
-    "seconds": _Format("{:.1f}".format, float),
+    "seconds": _Format("{:.1f}".format, _read_error),
 }
 
 #: The columns, in the order of the file.
@@ -183,7 +206,7 @@ def parse(text: str, path: str) -> list[Row]:
         raise ResultsError(f"{path}: the file is empty; a results file begins with the line {HEADER.strip()}")
     if not text.endswith("\n"):
         last = text.count("\n") + 1
-        raise ResultsError(f"{path}:{last}: the last line is truncated; `sweep --resume` completes the file")
+        raise ResultsError(f"{path}:{last}: the last line is truncated; `sweep --resume` completes what it has begun")
     records = _records(text, path)
     _check_header(next(records, (1, []))[1], path)
     rows: list[Row] = []
@@ -243,11 +266,15 @@ def write(path: Path, rows: Iterable[Row]) -> None:
         path: The file; its folder is made if need be.
         rows: The rows.
     """
+    path = path.resolve()  # a link stays one
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = HEADER + "".join(line(row) for row in sorted(rows, key=lambda row: row.name))
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_text(whole, encoding="utf-8")
+        with beside.open("w", encoding="utf-8", newline="") as file:
+            file.write(whole)
+            file.flush()
+            os.fsync(file.fileno())
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import joblib
 
-from convbn_fx.zoo.isolation import Owner, call
+from convbn_fx.zoo.isolation import call, end_with_parent
 from convbn_fx.zoo.measuring import Settings, measure
 from convbn_fx.zoo.results import Row, Status
 
@@ -77,7 +77,7 @@ def sweep(names: Iterable[str], settings: Settings, limits: Limits, cluster: Clu
     with _ENGINES[cluster.backend](cluster) as run:
         while todo:
             try:
-                for row in run(_Job(settings, limits, Owner()), list(todo)):
+                for row in run(_Job(settings, limits), list(todo)):
                     fruitless = 0
                     del todo[row.name]
                     yield row
@@ -93,18 +93,28 @@ class _Job:
 
     settings: Settings
     limits: Limits
-    owner: Owner
 
     def __call__(self, name: str) -> Row:
         began = time.monotonic()
         limits = self.limits
-        ending = call(
-            measure, name, self.settings, timeout=limits.seconds, memory_limit=limits.memory, owner=self.owner
-        )
+        ending = call(measure, name, self.settings, timeout=limits.seconds, memory_limit=limits.memory)
         row: Row = ending.value
         if ending.status is not Status.PASS:
             row = Row(name=name, status=ending.status, level=self.settings.level, detail=ending.detail)
         return replace(row, seconds=time.monotonic() - began)
+
+
+@dataclass(frozen=True)
+class _OfLoky:
+    """A job in a worker of Loky's, which would outlive a driver that is killed."""
+
+    job: _Job
+    driver: int
+
+    def __call__(self, name: str) -> Row:
+        if os.getppid() == self.driver:  # a single job runs in the driver itself
+            end_with_parent()
+        return self.job(name)
 
 
 Runner = Callable[[_Job, Sequence[str]], Iterable[Row]]
@@ -114,7 +124,12 @@ Runner = Callable[[_Job, Sequence[str]], Iterable[Row]]
 def _loky(cluster: Cluster) -> Iterator[Runner]:
     if cluster.address is not None:
         raise ValueError("--address is for --backend dask and ray; loky runs on this machine")
-    yield lambda job, names: _as_they_come(job, names, n_jobs=cluster.jobs, backend="loky")
+
+    def run(job: _Job, names: Sequence[str]) -> Iterator[Row]:
+        here = _OfLoky(job, driver=os.getpid())
+        return _as_they_come(here, names, n_jobs=cluster.jobs, backend="loky")
+
+    yield run
 
 
 @contextmanager
@@ -159,7 +174,7 @@ def _ray(cluster: Cluster) -> Iterator[Runner]:
 _ENGINES = {Backend.LOKY: _loky, Backend.DASK: _dask, Backend.RAY: _ray}
 
 
-def _as_they_come(job: _Job, names: Sequence[str], **options: Any) -> Iterator[Row]:
+def _as_they_come(job: Callable[[str], Row], names: Sequence[str], **options: Any) -> Iterator[Row]:
     parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1, **options)
     rows: Iterator[Row] = parallel(joblib.delayed(job)(name) for name in names)
     return rows
