@@ -1,5 +1,6 @@
 """The command line: `convbn-fx report`, `sweep` and `gate`. A command reads options, others do the work."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -89,7 +90,8 @@ def report(
         if not subject.resizable and (batch or size):
             raise Unusable(f"{model} brings its own inputs; --batch and --size are for models that do not")
         inspection = inspect_model(subject.model, subject.inputs(batch or 32, size), body=subject.body)
-        facts: dict[str, Any] = {"name": model, **inspection.to_json()}
+        inspection = dataclasses.replace(inspection, model=model)
+        facts: dict[str, Any] = inspection.to_json()
         if html is not None:
             presentation.write_html(inspection, html)
         if plot is not None:

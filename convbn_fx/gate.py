@@ -49,11 +49,11 @@ class Rule:
 
 
 _PERCENT = Fraction(101, 100)
-# Rounding errors move by some factor with the machine and the order of its sums; below about one unit in the last place
-# (2.2e-16 and 1.2e-7) they are nothing but noise.
+# Rounding errors move by some factor with the machine and the order of its sums; below half a unit in the last place
+# they are nothing but noise.
 _NOISE = 5
-_FLOAT64 = 1e-15
-_FLOAT32 = 1e-7
+_FLOAT64 = 2.0**-53
+_FLOAT32 = 2.0**-24
 
 #: The gated columns, in the order in which differences are told.
 RULES: tuple[Rule, ...] = (
