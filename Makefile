@@ -16,7 +16,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist w
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-all zoo-structure lint types check bench-smoke clean
+.PHONY: help setup demo test test-slow test-all zoo zoo-structure gate gate-full lint types check bench-smoke clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
@@ -47,6 +47,28 @@ test-slow: $(READY) ## Run the slow tests
 	@$(PYTEST) -m slow
 
 test-all: test test-slow ## Run every test
+
+# A process for each processor, and in each model's process one thread: the same sums in the same order everywhere.
+SWEEP := $(BIN)/convbn-fx sweep
+MEASURED := build/gate
+
+zoo: $(READY) ## Measure all of timm and torchvision in numbers, go on where it stopped, and write the page (hours)
+	@$(SWEEP) --suite timm --suite torchvision --level numeric --max-params 1e8 --resume \
+		--out bench/results/zoo.csv --html docs/zoo.html
+
+gate: $(READY) ## Hold the structure of every architecture, and a sample in numbers, to bench/expected
+	@$(call held,structure,structure)
+	@$(call held,numeric,sample)
+
+gate-full: gate ## The same with one model of every family in numbers
+	@$(call held,numeric,families)
+
+# $(call held,LEVEL,NAME): measures the models of the baseline NAME.csv anew, and judges them by it.
+define held
+mkdir -p $(MEASURED) && rm -f $(MEASURED)/$(2).csv && \
+	$(SWEEP) --suite bench/expected/$(2).csv --level $(1) --out $(MEASURED)/$(2).csv >$(MEASURED)/$(2).txt && \
+	$(BIN)/convbn-fx gate $(MEASURED)/$(2).csv --expected bench/expected/$(2).csv
+endef
 
 zoo-structure: $(READY) ## Count the pairs of every timm architecture, run and fused (half an hour)
 	@$(BIN)/python -m bench.structure
