@@ -23,7 +23,7 @@ from convbn_fx.zoo.architectures import suite as models_of
 from convbn_fx.zoo.measuring import Settings, compare_numbers, smallest_size
 from convbn_fx.zoo.results import Level, ResultsError, Row
 from convbn_fx.zoo.running import Unusable
-from convbn_fx.zoo.sweeping import Backend, Cluster, Limits, processors
+from convbn_fx.zoo.sweeping import Backend, Cluster, Limits, NoCluster, processors
 
 #: What a command exits with where not with 0: something is not as it should be; the command cannot be carried out.
 CHANGED, UNUSABLE, INTERRUPTED = 1, 2, 130
@@ -187,6 +187,8 @@ def sweep(
         names = running.part_of(found, shard)
         if not names:
             raise Unusable(f"no model of {', '.join(suites)} matches {match!r} in shard {shard}")
+        if address is not None and backend is Backend.LOKY:
+            raise Unusable("--address is for --backend dask and ray; loky runs on this machine")
         jobs = min(jobs or processors(), len(names))
         share = int(0.9 * psutil.virtual_memory().total / jobs)
         settings = Settings(level, seed, max_params, batch, size, threads=max(1, processors() // jobs))
@@ -241,7 +243,7 @@ def _failures_explained() -> Iterator[None]:
     """Turns what is wrong with a command or its files into one line and an exit status."""
     try:
         yield
-    except (UnknownModel, UnknownSuite, ResultsError, Unusable) as error:
+    except (UnknownModel, UnknownSuite, ResultsError, NoCluster, Unusable) as error:
         _give_up(str(error))
     except ModuleNotFoundError as error:
         if error.name not in {"distributed", "ray"}:

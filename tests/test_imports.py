@@ -15,7 +15,14 @@ FILES = {
     for path in PACKAGE.rglob("*.py")
 }
 #: The command line, which an extra installs what it needs for.
-COMMANDS = {"cli", "gate", "presentation", "plotting", "__main__", *(name for name in FILES if name.startswith("zoo"))}
+COMMANDS = {
+    "cli",
+    "gate",
+    "presentation",
+    "plotting",
+    "__main__",
+    *(name for name in FILES if name.startswith("zoo")),
+}
 #: What only an extra installs, or what a library for any model has no business with.
 FOREIGN = {
     "torchvision",
@@ -132,9 +139,7 @@ def test_nobody_imports_the_package_itself_nor_in_a_circle():
         assert all(name not in reachable(sibling) for sibling in siblings(name)), name
 
 
-@pytest.mark.parametrize(
-    "name", sorted(FILES.keys() - COMMANDS)
-)
+@pytest.mark.parametrize("name", sorted(FILES.keys() - COMMANDS))
 def test_the_core_imports_torch_and_the_standard_library(name):
     allowed = {"torch", "convbn_fx"} | set(sys.stdlib_module_names)
     assert {found.partition(".")[0] for found in imports(name)} <= allowed

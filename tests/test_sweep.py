@@ -30,7 +30,13 @@ def environment():
 def run(*arguments, status=0, cwd=None):
     """Runs a sweep to its end."""
     done = subprocess.run(
-        command(*arguments), capture_output=True, text=True, env=environment(), cwd=cwd, timeout=240, check=False
+        command(*arguments),
+        capture_output=True,
+        text=True,
+        env=environment(),
+        cwd=cwd,
+        timeout=240,
+        check=False,
     )
     assert done.returncode == status, done.stderr
     return done
@@ -83,7 +89,9 @@ ODD = [
 def odd(tmp_path_factory):
     """The output and the rows, by the short name, of a numeric sweep over all odd models."""
     folder = tmp_path_factory.mktemp("odd")
-    suite = suite_of(folder, [f"zoo_models:{name}" for name in ODD] + ["timm:not_there", "nowhere:model", "nonsense"])
+    suite = suite_of(
+        folder, [f"zoo_models:{name}" for name in ODD] + ["timm:not_there", "nowhere:model", "nonsense"]
+    )
     out = folder / "results.csv"
     limits = ["--timeout", 20, "--memory-limit", "1500MB"]
     done = run("--suite", suite, "--level", "numeric", "--jobs", 2, "--out", out, *limits)
@@ -170,7 +178,9 @@ def test_the_summary(odd):
     done, _ = odd
     for words in ("crash", "unbuildable", "timeout", "memory", "NOT_AFTER_CONVOLUTION", "zoo_models"):
         assert words in done.stdout
-    assert re.search(r"pairs fused\s+6", done.stdout)  # 2 of small, 2 of chatty, 1 of functions, 1 of with_inputs
+    assert re.search(
+        r"pairs fused\s+6", done.stdout
+    )  # 2 of small, 2 of chatty, 1 of functions, 1 of with_inputs
 
 
 # --- Interrupted, and gone on with ------------------------------------------------------------------------------
@@ -200,7 +210,9 @@ def test_a_killed_sweep_loses_no_row_and_is_gone_on_with(slow):
     process.communicate()
     kept = finished_lines(out)
     assert 2 <= len(kept) < len(SLOW)
-    until(lambda: not [each for each in family if each.is_running() and each.status() != psutil.STATUS_ZOMBIE])
+    until(
+        lambda: not [each for each in family if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
+    )
     with out.open("a") as file:
         file.write("zoo_models:slow_0,half a li")  # as a power cut leaves it
     run(*arguments, "--resume")
@@ -251,7 +263,10 @@ def test_a_finished_sweep_has_nothing_left_to_do(tmp_path):
     before = out.read_bytes()
     run(*arguments, "--resume")
     assert out.read_bytes() == before
-    assert "holds rows of --level structure" in run(*arguments, "--resume", "--level", "numeric", status=2).stderr
+    assert (
+        "holds rows of --level structure"
+        in run(*arguments, "--resume", "--level", "numeric", status=2).stderr
+    )
 
 
 # --- On a cluster ---------------------------------------------------------------------------------------------------
@@ -263,7 +278,12 @@ def cluster(tmp_path):
     file = tmp_path / "scheduler.json"
     dask = [sys.executable, "-m", "distributed.cli.dask_scheduler"]
     worker = [sys.executable, "-m", "distributed.cli.dask_worker", "--nthreads", "1", "--no-dashboard"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment(), "cwd": tmp_path}
+    quiet = {
+        "stdout": subprocess.DEVNULL,
+        "stderr": subprocess.DEVNULL,
+        "env": environment(),
+        "cwd": tmp_path,
+    }
     processes = [
         subprocess.Popen([*dask, "--port", "0", "--no-dashboard", "--scheduler-file", str(file)], **quiet),
         *(
@@ -286,12 +306,29 @@ def test_a_cluster_of_two_workers(cluster, tmp_path):
     address, _ = cluster
     out = tmp_path / "results.csv"
     names = [*SLOW[:4], "zoo_models:small", "zoo_models:killed"]
-    arguments = ["--suite", suite_of(tmp_path, names), "--backend", "dask", "--address", address, "--out", out]
+    arguments = [
+        "--suite",
+        suite_of(tmp_path, names),
+        "--backend",
+        "dask",
+        "--address",
+        address,
+        "--out",
+        out,
+    ]
     run(*arguments, "--level", "numeric")
     rows = {row.name: row for row in results.read(out)}
     assert rows.keys() == set(names)
     assert rows.pop("zoo_models:killed").status is Status.CRASH
     assert {row.status for row in rows.values()} == {Status.PASS}
+
+
+def test_no_cluster_at_an_address(tmp_path, monkeypatch):
+    monkeypatch.setenv("DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT", "2s")
+    suite, out = suite_of(tmp_path, SLOW[:1]), tmp_path / "results.csv"
+    arguments = ["--suite", suite, "--out", out, "--backend", "dask", "--address", "tcp://127.0.0.1:9"]
+    errors = run(*arguments, status=2).stderr
+    assert "no Dask scheduler at tcp://127.0.0.1:9" in errors
 
 
 def test_without_the_engine(tmp_path):

@@ -206,7 +206,9 @@ def parse(text: str, path: str) -> list[Row]:
         raise ResultsError(f"{path}: the file is empty; a results file begins with the line {HEADER.strip()}")
     if not text.endswith("\n"):
         last = text.count("\n") + 1
-        raise ResultsError(f"{path}:{last}: the last line is truncated; `sweep --resume` completes what it has begun")
+        raise ResultsError(
+            f"{path}:{last}: the last line is truncated; `sweep --resume` completes what it has begun"
+        )
     records = _records(text, path)
     _check_header(next(records, (1, []))[1], path)
     rows: list[Row] = []

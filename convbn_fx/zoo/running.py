@@ -40,7 +40,7 @@ def begin(out: Path, resume: bool, level: Level) -> set[str]:
         Unusable: The file is there and is not to be resumed, or holds rows of another level.
         ResultsError: What is there is no results file.
     """
-    if out.exists() and not resume:
+    if not resume and out.exists() and out.read_bytes() != results.HEADER.encode():
         raise Unusable(f"{out} is there already; go on with it (--resume), or name another file (--out)")
     rows = results.resume(out)
     levels = {row.level for row in rows}

@@ -46,12 +46,16 @@ class Cluster:
     Attributes:
         jobs: How many at a time; on a cluster that is there already, as many as it has workers.
         backend: What joblib runs them on.
-        address: Of the scheduler of a cluster that is there; one is started on this machine by default.
+        address: Of a cluster of Dask or Ray that is there; one is started on this machine by default.
     """
 
     jobs: int = 1
     backend: Backend = Backend.LOKY
     address: str | None = None
+
+
+class NoCluster(RuntimeError):
+    """There is no cluster at an address; the message says where it was looked for."""
 
 
 def sweep(names: Iterable[str], settings: Settings, limits: Limits, cluster: Cluster) -> Iterator[Row]:
@@ -70,6 +74,7 @@ def sweep(names: Iterable[str], settings: Settings, limits: Limits, cluster: Clu
         One row for each model, as they come.
 
     Raises:
+        NoCluster: The cluster cannot be reached.
         Exception: What joblib raises, if workers break down three times in a row without a new row.
     """
     todo = dict.fromkeys(names)
@@ -122,9 +127,6 @@ Runner = Callable[[_Job, Sequence[str]], Iterable[Row]]
 
 @contextmanager
 def _loky(cluster: Cluster) -> Iterator[Runner]:
-    if cluster.address is not None:
-        raise ValueError("--address is for --backend dask and ray; loky runs on this machine")
-
     def run(job: _Job, names: Sequence[str]) -> Iterator[Row]:
         here = _OfLoky(job, driver=os.getpid())
         return _as_they_come(here, names, n_jobs=cluster.jobs, backend="loky")
@@ -138,7 +140,11 @@ def _dask(cluster: Cluster) -> Iterator[Runner]:
 
     own = {"n_workers": cluster.jobs, "threads_per_worker": 1}
     there = {"address": cluster.address} if cluster.address else own
-    with Client(**there, set_as_default=False) as client:
+    try:
+        client = Client(**there, set_as_default=False)
+    except OSError as error:
+        raise NoCluster(f"no Dask scheduler at {cluster.address}: {error}") from error
+    with client:
 
         def run(job: _Job, names: Sequence[str]) -> Iterator[Row]:
             with joblib.parallel_config(backend="dask", client=client):
@@ -153,7 +159,10 @@ def _ray(cluster: Cluster) -> Iterator[Runner]:
     from ray.util.joblib import register_ray
 
     there = {"address": cluster.address} if cluster.address else {"num_cpus": cluster.jobs}
-    ray.init(**there, log_to_driver=False)
+    try:
+        ray.init(**there, log_to_driver=False)
+    except ConnectionError as error:
+        raise NoCluster(f"no Ray cluster at {cluster.address}: {error}") from error
     try:
         register_ray()
         jobs = int(ray.cluster_resources()["CPU"])
