@@ -13,6 +13,7 @@ from convbn_fx.gate import RULES, UNGATED, May
 
 DOCS = Path(__file__).parent.parent / "docs"
 GUIDE = (DOCS / "gate.md").read_text(encoding="utf-8")
+ONE_LINE = " ".join(GUIDE.split())
 WORKFLOW = yaml.safe_load((DOCS / "examples" / "convbn-fx.yml").read_text(encoding="utf-8"))
 STEPS = {step["name"]: step["run"] for step in WORKFLOW["jobs"]["gate"]["steps"] if "run" in step}
 
@@ -96,4 +97,4 @@ def test_the_table_of_columns():
         assert row == (words[rule.may], told)
     assert GUIDE.count("| `") == len(RULES)
     for column, reason in UNGATED.items():
-        assert f"`{column}` ({reason})" in GUIDE
+        assert f"`{column}` ({reason})" in ONE_LINE

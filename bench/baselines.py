@@ -1,0 +1,79 @@
+"""Makes the baselines of the project's own gate, in bench/expected, from the results of the whole zoo.
+
+`make zoo` measures, `python -m bench.baselines` picks: the structure of every architecture with batch norms, and in
+numbers one architecture of each family, the quickest of them apart as the sample that CI has the time for. Where little
+has changed, the command that `make gate` prints updates a baseline line by line.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from convbn_fx.zoo import results
+from convbn_fx.zoo.results import Level, Row
+
+ZOO = Path("bench/results/zoo.csv")
+EXPECTED = Path("bench/expected")
+
+#: Processor seconds that the sample may take.
+SAMPLE_SECONDS = 240.0
+
+
+def structure(rows: Iterable[Row]) -> list[Row]:
+    """Every row with a batch norm, without its numbers."""
+    nothing = dict.fromkeys(
+        ("output_error", "gradient_error", "float32_error_tune", "float32_error_eval", "seconds")
+    )
+    return [
+        replace(row, level=Level.STRUCTURE, **nothing)  # type: ignore[arg-type]
+        for row in rows
+        if row.batch_norms or row.fused
+    ]
+
+
+def one_of_each_family(rows: Iterable[Row]) -> list[Row]:
+    """Of each family the row with the fewest parameters that has numbers; the quickest first."""
+    smallest: dict[str, Row] = {}
+    for row in sorted(rows, key=lambda row: row.parameters or 0):
+        toy = row.name.partition(":")[2].startswith("test_")
+        if row.gradient_error is not None and not toy:
+            smallest.setdefault(row.family, row)
+    return sorted(smallest.values(), key=lambda row: row.seconds or 0.0)
+
+
+def split(rows: list[Row], seconds: float) -> tuple[list[Row], list[Row]]:
+    """The first rows, which together took no longer than so many seconds, and the others."""
+    first: list[Row] = []
+    for row in rows:
+        seconds -= row.seconds or 0.0
+        if seconds < 0:
+            break
+        first.append(row)
+    return first, rows[len(first) :]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Writes the three baselines.
+
+    Args:
+        arguments: The command line's.
+
+    Returns:
+        The exit status.
+    """
+    parser = argparse.ArgumentParser(prog="python -m bench.baselines", description=main.__doc__)
+    parser.add_argument("--zoo", type=Path, default=ZOO, help=f"a numeric sweep's results; {ZOO} unless told")
+    parser.add_argument("--expected", type=Path, default=EXPECTED, help=f"where to; {EXPECTED} unless told")
+    options = parser.parse_args(arguments)
+    rows = results.read(options.zoo)
+    sample, families = split(one_of_each_family(rows), SAMPLE_SECONDS)
+    results.write(options.expected / "structure.csv", structure(rows))
+    for name, part in (("sample", sample), ("families", families)):
+        results.write(options.expected / f"{name}.csv", [replace(row, seconds=None) for row in part])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
