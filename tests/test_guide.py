@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from convbn_fx.gate import RULES, UNGATED, May
+from convbn_fx.zoo.results import COLUMNS, Status
 
 DOCS = Path(__file__).parent.parent / "docs"
 GUIDE = (DOCS / "gate.md").read_text(encoding="utf-8")
@@ -98,3 +99,11 @@ def test_the_table_of_columns():
     assert GUIDE.count("| `") == len(RULES)
     for column, reason in UNGATED.items():
         assert f"`{column}` ({reason})" in ONE_LINE
+
+
+def test_every_column_and_status_is_told():
+    page = (DOCS / "sweep.md").read_text(encoding="utf-8")
+    told = re.findall(
+        r"`(\w+)`", "\n".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
+    )
+    assert sorted(told) == sorted([*COLUMNS, *Status])
