@@ -8,9 +8,10 @@ def main() -> None:
     try:
         from convbn_fx.cli import app
     except ModuleNotFoundError as error:
-        sys.exit(
-            f"convbn-fx: the command line needs {error.name}, which comes with: pip install 'convbn-fx[cli,zoo]'"
+        sys.stderr.write(
+            f"convbn-fx: the command line needs {error.name}, which comes with: pip install 'convbn-fx[cli,zoo]'\n"
         )
+        sys.exit(2)
     app(prog_name="convbn-fx")
 
 

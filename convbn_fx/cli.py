@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import psutil
+import joblib
 import typer
 from rich.console import Console
 from typer import Argument, Option
@@ -18,12 +18,12 @@ from convbn_fx import gate as gating
 from convbn_fx import presentation
 from convbn_fx.inspection import inspect_model
 from convbn_fx.zoo import page, results, running, summary
-from convbn_fx.zoo.architectures import UnknownModel, UnknownSuite, load, matches
+from convbn_fx.zoo.architectures import Subject, UnknownModel, UnknownSuite, load, matches
 from convbn_fx.zoo.architectures import suite as models_of
-from convbn_fx.zoo.measuring import Settings, compare_numbers, smallest_size
+from convbn_fx.zoo.measuring import Numbers, Settings, Size, compare_numbers, smallest_size
 from convbn_fx.zoo.results import Level, ResultsError, Row
 from convbn_fx.zoo.running import Unusable
-from convbn_fx.zoo.sweeping import Backend, Cluster, Limits, NoCluster, processors
+from convbn_fx.zoo.sweeping import Backend, Cluster, ClusterError, Limits
 
 #: What a command exits with where not with 0: something is not as it should be; the command cannot be carried out.
 CHANGED, UNUSABLE, INTERRUPTED = 1, 2, 130
@@ -42,7 +42,7 @@ app = typer.Typer(
 
 # --- report ---------------------------------------------------------------------------------------------------------
 
-Model = Annotated[
+ModelArgument = Annotated[
     str,
     Argument(
         help="timm:NAME, torchvision:NAME, or package.module:factory, a function of yours that returns a model, or a "
@@ -50,34 +50,34 @@ Model = Annotated[
         show_default=False,
     ),
 ]
-Batch = Annotated[int | None, Option(min=1, help="Images in a batch; 32 unless told.")]
-Size = Annotated[
+BatchOption = Annotated[int | None, Option(min=1, help="Images in a batch; 32 unless told.")]
+SizeOption = Annotated[
     int | None, Option(min=1, help="Height and width of the images; the model's own unless told.")
 ]
-Pretrained = Annotated[
+PretrainedOption = Annotated[
     bool, Option("--pretrained", help="With trained weights; a library downloads its own.")
 ]
-Check = Annotated[
+CheckOption = Annotated[
     bool,
     Option("--check", help="Compare outputs and all gradients in float64, too, the batch norms made random."),
 ]
-AsJson = Annotated[bool, Option("--json", help="Print JSON instead of tables.")]
-ReportHtml = Annotated[Path | None, Option(help="Write a page with the tables and the pictures.")]
-Plot = Annotated[
+JsonOption = Annotated[bool, Option("--json", help="Print JSON instead of tables.")]
+ReportHtmlOption = Annotated[Path | None, Option(help="Write a page with the tables and the pictures.")]
+PlotOption = Annotated[
     Path | None, Option(help="Write a picture (png, svg or pdf): memory layer by layer, the coefficients.")
 ]
 
 
 @app.command(epilog="Example: convbn-fx report timm:resnet50 --batch 32 --size 224 --plot memory.png")
 def report(
-    model: Model,
-    batch: Batch = None,
-    size: Size = None,
-    pretrained: Pretrained = False,
-    check: Check = False,
-    as_json: AsJson = False,
-    html: ReportHtml = None,
-    plot: Plot = None,
+    model: ModelArgument,
+    batch: BatchOption = None,
+    size: SizeOption = None,
+    pretrained: PretrainedOption = False,
+    check: CheckOption = False,
+    as_json: JsonOption = False,
+    html: ReportHtmlOption = None,
+    plot: PlotOption = None,
 ) -> None:
     """Tell what Tune mode does to a model: its pairs, the bytes they save, what is left and why.
 
@@ -86,6 +86,7 @@ def report(
     Exits with 1 if --check finds a difference, with 2 if there is no such model.
     """
     with _failures_explained():
+        _writable(html, plot)
         subject = load(model, pretrained=pretrained)
         if not subject.resizable and (batch or size):
             raise Unusable(f"{model} brings its own inputs; --batch and --size are for models that do not")
@@ -96,7 +97,7 @@ def report(
             presentation.write_html(inspection, html)
         if plot is not None:
             presentation.plot(inspection, plot)
-        numbers = compare_numbers(subject, smallest_size(subject).side, seed=0) if check else None
+        numbers = _checked(subject, pretrained) if check else None
 
     console = _console()
     if numbers is not None:
@@ -105,49 +106,69 @@ def report(
         console.out(json.dumps(facts, indent=2, allow_nan=False), highlight=False)
     else:
         console.print(presentation.render(inspection))
-        console.print(str(numbers) if numbers is not None else "", highlight=False)
+        console.print(str(numbers) if numbers is not None else "", markup=False)
     if numbers is not None and numbers.failure:
         raise typer.Exit(CHANGED)
 
 
+def _checked(subject: Subject, pretrained: bool) -> Numbers:
+    """Compares a model in numbers: with trained weights as it is, else with the smallest images it can be built for."""
+    size = Size() if pretrained else smallest_size(subject)
+    if size.rebuilt:
+        subject = load(subject.name, built_for=size.side)
+    return compare_numbers(subject, size.side, seed=0)
+
+
 # --- sweep ----------------------------------------------------------------------------------------------------------
 
-Suites = Annotated[
+SuitesOption = Annotated[
     list[str] | None,
     Option(
         "--suite",
         help="timm (unless told), torchvision, or a file: one model a line, or a results file. More than one is fine.",
     ),
 ]
-Match = Annotated[str, Option(help="Only models whose name matches, such as 'resnet*'.")]
-ALevel = Annotated[
+MatchOption = Annotated[str, Option(help="Only models whose name matches, such as 'resnet*'.")]
+LevelOption = Annotated[
     Level,
     Option(help="structure: pairs and bytes, with no memory at all. numeric: errors and gradients, too."),
 ]
-Out = Annotated[Path, Option(help="The results file: a row a model, written as they come.")]
-Resume = Annotated[bool, Option("--resume", help="Go on with the results file where it stopped.")]
-Jobs = Annotated[int | None, Option(min=1, help="Models at a time; one for each processor unless told.")]
-Shard = Annotated[str, Option(help="Only this part of the models, such as 3/16.")]
-Timeout = Annotated[float, Option(min=1, help="Seconds that one model may take.")]
-MemoryLimit = Annotated[
+OutOption = Annotated[
+    Path | None,
+    Option(help="The results file, a row a model, written as they come; results.csv unless told."),
+]
+ResumeOption = Annotated[bool, Option("--resume", help="Go on with the results file where it stopped.")]
+RetryOption = Annotated[
+    bool, Option("--retry", help="With --resume, measure again what crashed or was stopped at a limit.")
+]
+JobsOption = Annotated[
+    int | None, Option(min=1, help="Models at a time; one for each processor unless told.")
+]
+ShardOption = Annotated[str, Option(help="Only this part of the models, such as 3/16.")]
+TimeoutOption = Annotated[float, Option(min=1, help="Seconds that one model may take.")]
+MemoryLimitOption = Annotated[
     str | None,
     Option(
         help="Memory that one model may take, such as 8GB; its share of 90% of the machine's unless told."
     ),
 ]
-MaxParams = Annotated[
+MaxParamsOption = Annotated[
     float, Option(min=0, help="Models with more parameters, such as 1e8, are measured in structure only.")
 ]
-CountedBatch = Annotated[int, Option(min=1, help="Images in the batch whose bytes are counted.")]
-Seed = Annotated[int, Option(help="Of weights, batch norms and images.")]
-ABackend = Annotated[Backend, Option(help="What joblib runs the models on.")]
-Address = Annotated[
+CountedBatchOption = Annotated[int, Option(min=1, help="Images in the batch whose bytes are counted.")]
+SeedOption = Annotated[int, Option(help="Of weights, batch norms and images.")]
+BackendOption = Annotated[Backend, Option(help="What joblib runs the models on.")]
+AddressOption = Annotated[
     str | None, Option(help="Of a cluster's scheduler; one is started on this machine unless told.")
 ]
-Html = Annotated[Path | None, Option(help="Write the results as a page, too.")]
-From = Annotated[
-    Path | None,
-    Option("--from", help="Measure nothing: sum up this results file, and write its page with --html."),
+HtmlOption = Annotated[Path | None, Option(help="Write the results as a page, too.")]
+FromOption = Annotated[
+    list[Path] | None,
+    Option(
+        "--from",
+        help="Measure nothing: sum up this results file, and write its page with --html. Given again, files of shards "
+        "are put together, into one with --out.",
+    ),
 ]
 
 
@@ -155,23 +176,24 @@ From = Annotated[
     epilog="Example: convbn-fx sweep --suite timm --match 'resnet*' --level numeric --jobs 2 --out results.csv"
 )
 def sweep(
-    suite: Suites = None,
-    match: Match = "*",
-    level: ALevel = Level.STRUCTURE,
-    out: Out = Path("results.csv"),
-    resume: Resume = False,
-    jobs: Jobs = None,
-    shard: Shard = "1/1",
-    timeout: Timeout = 900.0,
-    memory_limit: MemoryLimit = None,
-    max_params: MaxParams = math.inf,
-    batch: CountedBatch = 2,
-    size: Size = None,
-    seed: Seed = 0,
-    backend: ABackend = Backend.LOKY,
-    address: Address = None,
-    html: Html = None,
-    only_sum_up: From = None,
+    suite: SuitesOption = None,
+    match: MatchOption = "*",
+    level: LevelOption = Level.STRUCTURE,
+    out: OutOption = None,
+    resume: ResumeOption = False,
+    retry: RetryOption = False,
+    jobs: JobsOption = None,
+    shard: ShardOption = "1/1",
+    timeout: TimeoutOption = 900.0,
+    memory_limit: MemoryLimitOption = None,
+    max_params: MaxParamsOption = math.inf,
+    batch: CountedBatchOption = 2,
+    size: SizeOption = None,
+    seed: SeedOption = 0,
+    backend: BackendOption = Backend.LOKY,
+    address: AddressOption = None,
+    html: HtmlOption = None,
+    sum_up: FromOption = None,
 ) -> None:
     """Measure many models, each in a process of its own: one row of results for each, whatever happens to it.
 
@@ -179,9 +201,15 @@ def sweep(
     130 after Ctrl-C; --resume goes on then.
     """
     with _failures_explained():
-        if only_sum_up is not None:
-            _sum_up(results.read(only_sum_up), only_sum_up, html)
+        _writable(html, out)
+        if sum_up:
+            rows = [row for path in sum_up for row in results.read(path) if matches(row.name, match)]
+            results.check_names(rows, " and ".join(map(str, sum_up)))
+            if out is not None:
+                results.write(out, rows)
+            _sum_up(rows, ", ".join(path.name for path in sum_up), html)
             return
+        out = out or Path("results.csv")
         suites = suite or ["timm"]
         found = [name for each in suites for name in models_of(each) if matches(name, match)]
         names = running.part_of(found, shard)
@@ -189,38 +217,47 @@ def sweep(
             raise Unusable(f"no model of {', '.join(suites)} matches {match!r} in shard {shard}")
         if address is not None and backend is Backend.LOKY:
             raise Unusable("--address is for --backend dask and ray; loky runs on this machine")
-        jobs = min(jobs or processors(), len(names))
-        share = int(0.9 * psutil.virtual_memory().total / jobs)
-        settings = Settings(level, seed, max_params, batch, size, threads=max(1, processors() // jobs))
-        limits = Limits(timeout, running.memory_of(memory_limit) if memory_limit else share)
-        done = running.begin(out, resume, level)
-        todo = [name for name in names if name not in done]
+        if address is not None and jobs is not None:
+            raise Unusable(
+                "--jobs is for this machine; the cluster at --address takes as many as it has threads"
+            )
+        jobs = min(jobs or joblib.cpu_count(), len(names))
+        memory = running.memory_of(memory_limit) if memory_limit else None
+        if memory is None and address is None:
+            memory = running.memory_share(jobs)
+        settings = Settings(level, seed, max_params, batch, size)
         progress = Console(stderr=True, soft_wrap=True, highlight=False)
-        try:
-            rows = running.fill(out, todo, settings, limits, Cluster(jobs, backend, address), progress)
-        except KeyboardInterrupt:
-            progress.print(f"stopped: what is measured is in {out}, and --resume goes on")
-            raise typer.Exit(INTERRUPTED) from None
-        _sum_up(rows, out, html)
+        with running.alone_with(out):
+            done = running.begin(out, settings, resume=resume, retry=retry)
+            todo = [name for name in names if name not in done]
+            try:
+                cluster = Cluster(jobs, backend, address)
+                rows = running.fill(out, todo, settings, Limits(timeout, memory), cluster, progress)
+            except KeyboardInterrupt:
+                progress.print(f"stopped: what is measured is in {out}, and --resume goes on")
+                raise typer.Exit(INTERRUPTED) from None
+        _sum_up(rows, out.name, html)
 
 
-def _sum_up(rows: list[Row], source: Path, html: Path | None) -> None:
+def _sum_up(rows: list[Row], source: str, html: Path | None) -> None:
     _console().print(summary.render(summary.summarize(rows)))
     if html is not None:
-        page.write_page(html, rows, title=TITLE, source=source.name)
+        page.write_page(html, rows, title=TITLE, source=source)
 
 
 # --- gate -----------------------------------------------------------------------------------------------------------
 
-Actual = Annotated[Path, Argument(help="The results file of a sweep.", show_default=False)]
-Expected = Annotated[Path, Option(help="The baseline: a results file, too.", show_default=False)]
-Update = Annotated[
+ActualArgument = Annotated[Path, Argument(help="The results file of a sweep.", show_default=False)]
+ExpectedOption = Annotated[Path, Option(help="The baseline: a results file, too.", show_default=False)]
+UpdateOption = Annotated[
     bool, Option("--update", help="Write what changed into the baseline, and expect it from then on.")
 ]
 
 
 @app.command(epilog="Example: convbn-fx gate results.csv --expected expected.csv")
-def gate(actual: Actual, expected: Expected, update: Update = False, match: Match = "*") -> None:
+def gate(
+    actual: ActualArgument, expected: ExpectedOption, update: UpdateOption = False, match: MatchOption = "*"
+) -> None:
     """Hold a results file to a baseline: PASS, FAIL, IMPROVED, MISSING or NEW for each model.
 
     Exits with 0 if every model passes, with 1 if anything changed, for better or worse, with 2 if a file is unusable.
@@ -243,12 +280,26 @@ def _failures_explained() -> Iterator[None]:
     """Turns what is wrong with a command or its files into one line and an exit status."""
     try:
         yield
-    except (UnknownModel, UnknownSuite, ResultsError, NoCluster, Unusable) as error:
+    except (UnknownModel, UnknownSuite, ResultsError, ClusterError, Unusable) as error:
         _give_up(str(error))
-    except ModuleNotFoundError as error:
-        if error.name not in {"distributed", "ray"}:
+    except OSError as error:
+        if error.filename is None:
             raise
-        _give_up(f"{error.name} is not installed: pip install {error.name}")
+        _give_up(f"{error.filename}: {error.strerror}")
+    except ModuleNotFoundError as error:
+        extra = {"distributed": "dask", "ray": "ray"}.get(error.name or "")
+        if extra is None:
+            raise
+        _give_up(f"{error.name} is not installed: pip install 'convbn-fx[{extra}]'")
+
+
+def _writable(*paths: Path | None) -> None:
+    """Makes the folders of files that are to be written, before the work."""
+    for path in paths:
+        if path is not None:
+            if path.is_dir():
+                raise Unusable(f"{path} is a folder; name a file")
+            path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _give_up(message: str) -> NoReturn:

@@ -72,7 +72,7 @@ def test_without_the_extra_it_says_what_to_install(missing):
     done = in_a_process(
         f"import sys; sys.modules[{missing!r}] = None; from convbn_fx.__main__ import main; main()"
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert f"the command line needs {missing}" in done.stderr
     assert "pip install 'convbn-fx[cli,zoo]'" in done.stderr
     assert "Traceback" not in done.stderr
@@ -120,6 +120,10 @@ def test_report_checks():
     assert facts["check"]["passed"]
     assert 0 < facts["check"]["gradient_error"] < 1e-12
     assert "Checked in float64" in run("report", "zoo_models:with_inputs", "--check").stdout
+
+
+def test_a_model_is_checked_with_the_smallest_images_that_it_can_be_built_for():
+    assert "Checked in float64" in run("report", "timm:test_coatnet", "--batch", 1, "--check").stdout
 
 
 def test_a_check_that_fails(monkeypatch):
@@ -172,7 +176,13 @@ def test_trained_weights_are_asked_for():
         (["sweep", "--match", "test_resnet", "--memory-limit", "much"], "give a number of GB"),
         (["sweep", "--match", "test_resnet", "--memory-limit", "0GB"], "give a number of GB"),
         (["sweep", "--match", "test_resnet", "--address", "tcp://x:1"], "for --backend dask and ray"),
+        (
+            ["sweep", "--match", "test_resnet", "--backend", "dask", "--address", "a:1", "--jobs", "2"],
+            "--jobs is for",
+        ),
         (["sweep", "--from", "no/such/results.csv"], "cannot be read"),
+        (["report", "zoo_models:small", "--html", "."], "is a folder"),
+        (["report", "zoo_models:small", "--html", "/dev/null/page.html"], "/dev/null"),
         (["gate", "no/such/results.csv", "--expected", "e.csv"], "cannot be read"),
     ],
 )
@@ -221,6 +231,17 @@ def test_shards_are_all_of_it_once(parts):
     shards = [part_of(names, f"{part}/{parts}") for part in range(1, parts + 1)]
     assert sorted(name for shard in shards for name in shard) == sorted(names)
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
+
+
+def test_results_of_shards_are_put_together(tmp_path):
+    for name in ("timm:a", "timm:b"):
+        row = Row(name=name, status=Status.PASS, level=Level.STRUCTURE)
+        results.write(tmp_path / f"{name[-1]}.csv", [row])
+    parts = ["--from", tmp_path / "b.csv", "--from", tmp_path / "a.csv"]
+    run("sweep", *parts, "--out", tmp_path / "all.csv")
+    assert [row.name for row in results.read(tmp_path / "all.csv")] == ["timm:a", "timm:b"]
+    twice = run("sweep", *parts, "--from", tmp_path / "a.csv", status=2)
+    assert "timm:a is there 2 times" in twice.stderr
 
 
 def test_a_results_file_is_summed_up_and_made_a_page(tmp_path):

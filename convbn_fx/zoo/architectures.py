@@ -190,6 +190,11 @@ def _factory(name: str, module: str, factory: str) -> Callable[..., Any]:
 _LIBRARIES: Mapping[str, Callable[[str, str, bool], Subject]] = {"timm": _timm, "torchvision": _torchvision}
 
 
+def of_library(name: str) -> bool:
+    """Whether a model is a library's and not a user's own."""
+    return name.partition(":")[0] in _LIBRARIES
+
+
 def _library(name: str) -> Any:
     try:
         return importlib.import_module(name)
@@ -238,7 +243,7 @@ def suite(name: str) -> list[str]:
             raise UnknownSuite(
                 f"no suite {name!r}: give timm, torchvision, or a file of models' names ({error})"
             ) from None
-        names = [line.partition("#")[0].strip() for line in text.splitlines()]
+        names = [" ".join(line.partition("#")[0].split()) for line in text.splitlines()]
     if not any(names):
         raise UnknownSuite(f"{name}: no model is named there; write one a line, such as timm:resnet50")
     return list(dict.fromkeys(name for name in names if name))

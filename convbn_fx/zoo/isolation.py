@@ -3,12 +3,11 @@
 The process is forked from a server that has imported PyTorch, so that hundreds of them start in milliseconds each.
 """
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
 import signal
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -16,25 +15,14 @@ from dataclasses import dataclass
 from functools import cache
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import psutil
 
-from convbn_fx.zoo.results import Status
+from convbn_fx.zoo.results import Status, in_one_line
 
-#: Seconds between two looks at a running process's memory.
-LOOK_EVERY = 0.1
-
-#: What the server of forks imports; a library that is not installed is passed over.
-PRELOADED = [
-    "torch",
-    "torchvision",
-    "timm",
-    "torch.fx",
-    "torch._subclasses.fake_tensor",
-    "convbn_fx.zoo.measuring",
-]
+#: Seconds between two looks at the clock, and at a running process's memory.
+LOOK_EVERY: Final = 0.3
 
 
 @dataclass(frozen=True)
@@ -58,7 +46,7 @@ def call(
     timeout: float | None = None,
     memory_limit: int | None = None,
 ) -> Ending:
-    """Calls a function in a process of its own.
+    """Calls a function in a process of its own; what it prints is lost.
 
     Args:
         function: A module's function; it and its arguments and result are pickled.
@@ -67,21 +55,22 @@ def call(
         memory_limit: Bytes of resident memory beyond which it is killed, it and its own children together.
 
     Returns:
-        How it ended. An exception that the function raises counts as a crash.
+        How it ended. An exception that the function raises counts as a crash, and so does a process that cannot be
+        started.
     """
-    context = _context()
-    # Dask's workers are daemons, which multiprocessing allows no children; but these never outlive their parent.
-    multiprocessing.current_process().daemon = False
-    ours, theirs = context.Pipe(duplex=False)
-    with tempfile.TemporaryDirectory(prefix="convbn_fx-") as folder, ours:
-        log = Path(folder) / "output"
-        process = context.Process(target=_run, args=(theirs, str(log), function, arguments))
+    ours: Connection
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    process: BaseProcess = _context().Process(target=_run, args=(theirs, function, arguments))
+    try:
         process.start()
         theirs.close()
-        try:
-            return _watch(process, ours, timeout, memory_limit, log)
-        finally:
-            _end(process)
+        return _watch(process, ours, timeout, memory_limit)
+    except (OSError, EOFError) as error:
+        return Ending(status=Status.CRASH, detail=in_one_line(error))
+    finally:
+        _end(process)
+        ours.close()
+        theirs.close()
 
 
 @cache
@@ -90,15 +79,20 @@ def _context() -> Any:
     if multiprocessing.get_start_method(allow_none=True) not in (None, *methods):
         # Loky's workers carry a start method of Loky's own, which a new process would look for in vain.
         multiprocessing.set_start_method(methods[0], force=True)
+    # Dask's workers are daemons, which multiprocessing allows no children; but these never outlive their parent.
+    multiprocessing.current_process().daemon = False
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(["convbn_fx.zoo.preloaded"])
     return context
 
 
 @cache
-def end_with_parent() -> None:
-    """Ends this process as soon as its parent has ended, however that came about; called again, it does nothing."""
-    parent = os.getppid()
+def end_with(parent: int) -> None:
+    """Ends this process as soon as its parent has ended, however that came about; called again, it does nothing.
+
+    Args:
+        parent: The parent's process identifier.
+    """
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -108,41 +102,44 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _run(connection: Connection, log: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _run(connection: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     """What the process does."""
-    with open(log, "wb", buffering=0) as output:  # noqa: PTH123 - one open file, for both streams
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-    faulthandler.enable()
+    os.setsid()  # it and all that it starts are one group, which ends together
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, who ends this process
-    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
-    connection.send(function(*arguments))
+    threading.Thread(target=_end_with_caller, args=(multiprocessing.parent_process(),), daemon=True).start()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    faulthandler.disable()
+    try:
+        ending = Ending(function(*arguments))
+    except Exception as error:  # noqa: BLE001 - it is the function's, and told as such
+        ending = Ending(status=Status.CRASH, detail=in_one_line(error))
+    connection.send(ending)
     connection.close()
 
 
-def _end_with(caller: BaseProcess | None) -> None:
-    """Ends this process with its caller, which is not its parent: that is the server of forks."""
+def _end_with_caller(caller: BaseProcess | None) -> None:
+    """Ends this process's group with its caller, which is not its parent: that is the server of forks."""
     if caller is not None:
         caller.join()
-    os._exit(1)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _watch(
-    process: BaseProcess,
-    connection: Connection,
-    timeout: float | None,
-    memory_limit: int | None,
-    log: Path,
+    process: BaseProcess, connection: Connection, timeout: float | None, memory_limit: int | None
 ) -> Ending:
     end = time.monotonic() + timeout if timeout is not None else None
     while True:
-        if wait([connection], LOOK_EVERY):
+        ready = wait([connection, process.sentinel], LOOK_EVERY)
+        if connection in ready or (ready and connection.poll()):
             try:
-                return Ending(connection.recv())
+                ending: Ending = connection.recv()
+                return ending
             except EOFError:
-                process.join()
-                return Ending(status=Status.CRASH, detail=_how_it_died(process, log))
+                process.join(LOOK_EVERY)
+        if process.exitcode is not None:
+            return Ending(status=Status.CRASH, detail=_how_it_died(process.exitcode))
         if memory_limit is not None and (used := _resident(process)) > memory_limit:
             return Ending(
                 status=Status.MEMORY,
@@ -152,35 +149,26 @@ def _watch(
             return Ending(status=Status.TIMEOUT, detail=f"longer than {timeout:g} s")
 
 
-def _how_it_died(process: BaseProcess, log: Path) -> str:
-    code = process.exitcode or 0
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
-    last = next((text.strip() for text in reversed(lines) if text.strip()), "")
+def _how_it_died(code: int) -> str:
     if code >= 0:
-        return f"exit status {code}: {last}"[:300]
-    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-    return f"killed by {name}"
+        return f"exit status {code}"
+    return f"killed by {signal.Signals(-code).name if -code in set(signal.Signals) else f'signal {-code}'}"
 
 
 def _resident(process: BaseProcess) -> int:
-    try:
+    used = 0
+    with contextlib.suppress(psutil.Error):  # it, or one of its children, has just ended
         root = psutil.Process(process.pid)
-        return sum(each.memory_info().rss for each in (root, *root.children(recursive=True)))
-    except psutil.Error:  # it has just ended
-        return 0
+        for each in (root, *root.children(recursive=True)):
+            used += each.memory_info().rss
+    return used
 
 
 def _end(process: BaseProcess) -> None:
-    """Kills a process and all that it has started."""
-    try:
-        children = psutil.Process(process.pid).children(recursive=True)
-    except psutil.Error:
-        children = []
-    if process.is_alive():
-        process.kill()
-    for child in children:
-        try:
-            child.kill()
-        except psutil.Error:
-            continue
+    """Kills a process, and all that it has started, unless it never was."""
+    if process.pid is None:
+        return
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # there is no such group, or not yet
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
     process.join()

@@ -8,6 +8,7 @@ import csv
 import io
 import os
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -43,8 +44,8 @@ class Row:
         name: The model as the command line names it, such as `timm:resnet50`.
         family: The module that its library keeps it in, such as `timm.resnet`.
         status: `pass` if everything that was asked for was measured and is right; `fail` if an output or a gradient
-            is wrong; `error` if something raised; `unbuildable` if the model could not be made; `crash` if its process
-            died; `timeout` and `memory` if it was stopped at a limit.
+            is wrong, or the tuned model keeps more bytes; `error` if something raised; `unbuildable` if the model could
+            not be made; `crash` if its process died; `timeout` and `memory` if it was stopped at a limit.
         level: `structure` (counted on the meta device) or `numeric` (compared in numbers, too).
         parameters: Number of elements of its parameters.
         batch_norms: Number of its batch norm modules.
@@ -222,6 +223,21 @@ def parse(text: str, path: str) -> list[Row]:
     return rows
 
 
+def check_names(rows: Iterable[Row], place: str) -> None:
+    """Raises if a model has two rows.
+
+    Args:
+        rows: Rows that are to be one file's.
+        place: Where they come from, for the message.
+
+    Raises:
+        ResultsError: A model is there twice.
+    """
+    counts = Counter(row.name for row in rows)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise ResultsError(f"{place}: {twice[0]} is there {counts[twice[0]]} times")
+
+
 def _records(text: str, path: str) -> Iterator[tuple[int, list[str]]]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     while True:
@@ -261,6 +277,12 @@ def _row(record: list[str], place: str) -> Row:
     return Row(**values)
 
 
+def in_one_line(error: BaseException) -> str:
+    """An exception in one line: its type and the first line of its message."""
+    message = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {message}"[:300] if message else type(error).__name__
+
+
 def write(path: Path, rows: Iterable[Row]) -> None:
     """Writes a whole results file, sorted by name; what was there before is replaced in one step.
 
@@ -277,6 +299,8 @@ def write(path: Path, rows: Iterable[Row]) -> None:
             file.write(whole)
             file.flush()
             os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, beside)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)

@@ -1,10 +1,17 @@
-"""A sweep into a results file: begun or resumed, watched, and ended with a summary."""
+"""A sweep into a results file: begun or resumed, held against other sweeps, watched while it runs."""
 
+import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
+import psutil
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -17,7 +24,7 @@ from rich.progress import (
 
 from convbn_fx.zoo import results
 from convbn_fx.zoo.measuring import Settings
-from convbn_fx.zoo.results import Level, Row, Status
+from convbn_fx.zoo.results import Row, Status
 from convbn_fx.zoo.sweeping import Cluster, Limits, sweep
 
 
@@ -25,33 +32,89 @@ class Unusable(ValueError):
     """What was asked for makes no sense; the message says why, and what does."""
 
 
-def begin(out: Path, resume: bool, level: Level) -> set[str]:
-    """Opens a results file.
+#: What a larger limit, or a quieter machine, may change.
+RETRIED = frozenset({Status.CRASH, Status.TIMEOUT, Status.MEMORY})
+
+
+def begin(out: Path, settings: Settings, *, resume: bool = False, retry: bool = False) -> set[str]:
+    """Opens a results file, and beside it one that says how its models are measured and with which versions.
 
     Args:
-        out: The file; made if it is not there.
+        out: The results file; made if it is not there.
+        settings: How models are going to be measured.
         resume: Whether to go on with what an earlier sweep has left.
-        level: How much of each model is going to be measured.
+        retry: Whether models that crashed or were stopped at a limit then are to be measured again.
 
     Returns:
         Names of the models that have a row already.
 
     Raises:
-        Unusable: The file is there and is not to be resumed, or holds rows of another level.
+        Unusable: The file is there and is not to be resumed, or its models were measured differently.
         ResultsError: What is there is no results file.
     """
     if not resume and out.exists() and out.read_bytes() != results.HEADER.encode():
         raise Unusable(f"{out} is there already; go on with it (--resume), or name another file (--out)")
     rows = results.resume(out)
-    levels = {row.level for row in rows}
-    if (level is Level.STRUCTURE and Level.NUMERIC in levels) or (
-        level is Level.NUMERIC and levels == {Level.STRUCTURE}
-    ):
-        other = next(row for row in rows if row.level is not level)
-        raise Unusable(
-            f"{out} holds rows of --level {other.level}, such as {other.name}'s; name another file (--out)"
-        )
+    record = _record(settings)
+    if rows and (before := _read_record(out)) is not None:
+        for key in record.keys() | before.keys():
+            if record.get(key) != before.get(key):
+                raise Unusable(
+                    f"{out} was begun with {key} {before.get(key)}, not {record.get(key)}; name another file (--out)"
+                )
+    _record_of(out).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if retry and any(row.status in RETRIED for row in rows):
+        rows = [row for row in rows if row.status not in RETRIED]
+        results.write(out, rows)
     return {row.name for row in rows}
+
+
+def _record_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.json")
+
+
+def _record(settings: Settings) -> dict[str, Any]:
+    versions = {}
+    for package in ("torch", "torchvision", "timm", "convbn-fx"):
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    # JSON has no infinity, and a number of parameters that no model has will do.
+    largest = settings.max_parameters if math.isfinite(settings.max_parameters) else None
+    return {**asdict(settings), "max_parameters": largest, **versions}
+
+
+def _read_record(out: Path) -> dict[str, Any] | None:
+    try:
+        record: dict[str, Any] = json.loads(_record_of(out).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # lost, or of a hand-made file: nothing to compare with
+        return None
+    return record
+
+
+@contextmanager
+def alone_with(out: Path) -> Iterator[None]:
+    """Holds a results file for one sweep.
+
+    Args:
+        out: The file.
+
+    Yields:
+        While no other sweep can hold it.
+
+    Raises:
+        Unusable: Another sweep holds it.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out.with_name(f".{out.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise Unusable(f"another sweep is writing {out}; name another file (--out)") from None
+    try:
+        yield
+    finally:
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def fill(
@@ -89,7 +152,7 @@ def _progress(console: Console, total: int) -> Iterator[Callable[[Row], None]]:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
     )
     done = 0
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
@@ -125,6 +188,22 @@ def part_of(names: Iterable[str], shard: str) -> list[str]:
     if not 1 <= part <= parts:
         raise Unusable(f"--shard {shard} makes no sense; give PART/PARTS, such as 3/16, from 1/16 to 16/16")
     return list(dict.fromkeys(names))[part - 1 :: parts]
+
+
+def memory_share(jobs: int) -> int:
+    """Bytes that each of several jobs may take, so that the machine, or the container, keeps a tenth for itself.
+
+    Args:
+        jobs: How many run side by side.
+
+    Returns:
+        The share.
+    """
+    total = psutil.virtual_memory().total
+    limit = Path("/sys/fs/cgroup/memory.max")
+    with suppress(OSError, ValueError):  # no container, or one without a limit
+        total = min(total, int(limit.read_text()))
+    return int(0.9 * total / jobs)
 
 
 _UNITS = {"": 10**9, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}

@@ -10,9 +10,9 @@ from typing import Any, Final
 
 import joblib
 
-from convbn_fx.zoo.isolation import call, end_with_parent
+from convbn_fx.zoo.isolation import call, end_with
 from convbn_fx.zoo.measuring import Settings, measure
-from convbn_fx.zoo.results import Row, Status
+from convbn_fx.zoo.results import Row, Status, in_one_line
 
 #: How often in a row the workers may break down without a single new result.
 PATIENCE: Final = 3
@@ -44,7 +44,7 @@ class Cluster:
     """Where the jobs run.
 
     Attributes:
-        jobs: How many at a time; on a cluster that is there already, as many as it has workers.
+        jobs: How many at a time; a cluster that is there already takes as many as it has threads.
         backend: What joblib runs them on.
         address: Of a cluster of Dask or Ray that is there; one is started on this machine by default.
     """
@@ -54,8 +54,8 @@ class Cluster:
     address: str | None = None
 
 
-class NoCluster(RuntimeError):
-    """There is no cluster at an address; the message says where it was looked for."""
+class ClusterError(RuntimeError):
+    """A cluster cannot be reached, or its workers break down; the message says which and why."""
 
 
 def sweep(names: Iterable[str], settings: Settings, limits: Limits, cluster: Cluster) -> Iterator[Row]:
@@ -74,8 +74,7 @@ def sweep(names: Iterable[str], settings: Settings, limits: Limits, cluster: Clu
         One row for each model, as they come.
 
     Raises:
-        NoCluster: The cluster cannot be reached.
-        Exception: What joblib raises, if workers break down three times in a row without a new row.
+        ClusterError: The cluster cannot be reached, or its workers break down three times in a row without a new row.
     """
     todo = dict.fromkeys(names)
     fruitless = 0
@@ -86,10 +85,11 @@ def sweep(names: Iterable[str], settings: Settings, limits: Limits, cluster: Clu
                     fruitless = 0
                     del todo[row.name]
                     yield row
-            except Exception:  # whatever the workers' engine raises when it loses one
+            except Exception as error:  # whatever the workers' engine raises when it loses one
                 fruitless += 1
                 if fruitless == PATIENCE:
-                    raise
+                    message = f"the workers broke down {PATIENCE} times in a row: {in_one_line(error)}"
+                    raise ClusterError(message) from error
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ class _OfLoky:
     driver: int
 
     def __call__(self, name: str) -> Row:
-        if os.getppid() == self.driver:  # a single job runs in the driver itself
-            end_with_parent()
+        if os.getpid() != self.driver:  # where a single job runs
+            end_with(self.driver)
         return self.job(name)
 
 
@@ -142,8 +142,8 @@ def _dask(cluster: Cluster) -> Iterator[Runner]:
     there = {"address": cluster.address} if cluster.address else own
     try:
         client = Client(**there, set_as_default=False)
-    except OSError as error:
-        raise NoCluster(f"no Dask scheduler at {cluster.address}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ClusterError(f"no Dask scheduler at {cluster.address or 'hand'}: {error}") from error
     with client:
 
         def run(job: _Job, names: Sequence[str]) -> Iterator[Row]:
@@ -162,7 +162,7 @@ def _ray(cluster: Cluster) -> Iterator[Runner]:
     try:
         ray.init(**there, log_to_driver=False)
     except ConnectionError as error:
-        raise NoCluster(f"no Ray cluster at {cluster.address}: {error}") from error
+        raise ClusterError(f"no Ray cluster at {cluster.address}: {error}") from error
     try:
         register_ray()
         jobs = int(ray.cluster_resources()["CPU"])
@@ -187,8 +187,3 @@ def _as_they_come(job: Callable[[str], Row], names: Sequence[str], **options: An
     parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1, **options)
     rows: Iterator[Row] = parallel(joblib.delayed(job)(name) for name in names)
     return rows
-
-
-def processors() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
