@@ -12,8 +12,9 @@ import psutil
 import pytest
 from zoo_models import SLOW
 
-from convbn_fx.zoo import results
-from convbn_fx.zoo.results import Level, Status
+from convbn_fx.zoo import results, running
+from convbn_fx.zoo.measuring import Settings, measure
+from convbn_fx.zoo.results import Level, Row, Status
 
 TESTS = Path(__file__).parent
 
@@ -278,10 +279,60 @@ def test_a_finished_sweep_has_nothing_left_to_do(tmp_path):
     before = out.read_bytes()
     run(*arguments, "--resume")
     assert out.read_bytes() == before
-    assert (
-        "holds rows of --level structure"
-        in run(*arguments, "--resume", "--level", "numeric", status=2).stderr
+    for option, value in (("--level", "numeric"), ("--seed", 1)):
+        errors = run(*arguments, "--resume", option, value, status=2).stderr
+        assert f"{out} was begun with" in errors
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "change", [{"level": Level.NUMERIC}, {"seed": 1}, {"batch": 3}, {"side": 64}, {"max_parameters": 9}]
+)
+def test_what_is_resumed_is_measured_as_before(tmp_path, change):
+    out = tmp_path / "results.csv"
+    running.begin(out, Settings())
+    results.append(out, Row(name="timm:a", status=Status.PASS, level=Level.STRUCTURE))
+    assert running.begin(out, Settings(), resume=True) == {"timm:a"}
+    (key,) = change
+    with pytest.raises(running.Unusable, match=f"was begun with {key} "):
+        running.begin(out, Settings(**change), resume=True)
+
+
+def test_what_was_stopped_is_measured_again_if_asked_for(tmp_path):
+    out = tmp_path / "results.csv"
+    running.begin(out, Settings())
+    for status in Status:
+        results.append(out, Row(name=f"timm:{status}", status=status, level=Level.STRUCTURE))
+    everything = {f"timm:{status}" for status in Status}
+    assert running.begin(out, Settings(), resume=True) == everything
+    stopped = {"timm:crash", "timm:timeout", "timm:memory"}
+    assert running.begin(out, Settings(), resume=True, retry=True) == everything - stopped
+    assert {row.name for row in results.read(out)} == everything - stopped
+
+
+def test_two_sweeps_do_not_write_one_file(tmp_path):
+    out = tmp_path / "results.csv"
+    with running.alone_with(out):
+        errors = run("--suite", suite_of(tmp_path, SLOW[:1]), "--out", out, status=2).stderr
+        assert f"another sweep is writing {out}" in errors
+    assert not out.exists()
+
+
+def test_large_models_are_measured_in_structure_alone():
+    large = measure("zoo_models:small", Settings(level=Level.NUMERIC, max_parameters=100))
+    assert (large.status, large.level, large.gradient_error) == (Status.PASS, Level.STRUCTURE, None)
+    assert large.fused == 2
+    small = measure("zoo_models:with_inputs", Settings(level=Level.NUMERIC, max_parameters=100))
+    assert small.level is Level.NUMERIC
+
+
+def test_a_seed_is_a_sweep():
+    """The same numbers from the same seed, others from another."""
+    once, again, other = (
+        measure("zoo_models:small", Settings(level=Level.NUMERIC, seed=seed)) for seed in (0, 0, 1)
     )
+    assert once == again
+    assert once.gradient_error != other.gradient_error
 
 
 # --- On a cluster ---------------------------------------------------------------------------------------------------
@@ -317,8 +368,15 @@ def cluster(tmp_path):
             process.wait()
 
 
+def has_forked(worker):
+    """Whether a worker has models measured: they are forked from a server of its own."""
+    try:
+        return any("forkserver" in " ".join(each.cmdline()) for each in family_of(worker))
+    except psutil.NoSuchProcess:  # one has just ended
+        return False
+
+
 def test_a_cluster_of_two_workers(cluster, tmp_path):
-    """Both do their part: the servers that their models are forked from are seen among their children."""
     address, (_, *workers) = cluster
     out = tmp_path / "results.csv"
     names = [*SLOW, "zoo_models:small", "zoo_models:killed"]
@@ -334,15 +392,11 @@ def test_a_cluster_of_two_workers(cluster, tmp_path):
     ]
     process = started(*arguments, "--level", "numeric")
     busy = set()
-
-    def is_done():
-        for worker in workers:
-            if any("forkserver" in " ".join(each.cmdline()) for each in alive(family_of(worker))):
-                busy.add(worker.pid)
-        return process.poll() is not None
-
-    until(is_done, seconds=240)
-    assert process.returncode == 0, process.communicate()[1]
+    while process.poll() is None:
+        busy |= {worker.pid for worker in workers if has_forked(worker)}
+        time.sleep(0.2)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
     assert busy == {worker.pid for worker in workers}
     rows = {row.name: row for row in results.read(out)}
     assert rows.keys() == set(names)

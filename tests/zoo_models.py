@@ -93,11 +93,6 @@ def hanging():
     time.sleep(1000)
 
 
-def patient():
-    time.sleep(5)
-    return small()
-
-
 def hungry():
     """Takes 2 GB, bit by bit, and holds them."""
     held = []
