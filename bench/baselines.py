@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from convbn_fx.zoo import results
-from convbn_fx.zoo.results import Level, Row
+from convbn_fx.zoo.results import Level, Row, Status
 
 ZOO = Path("bench/results/zoo.csv")
 EXPECTED = Path("bench/expected")
@@ -68,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--expected", type=Path, default=EXPECTED, help=f"where to; {EXPECTED} unless told")
     options = parser.parse_args(arguments)
     rows = results.read(options.zoo)
+    if unfit := [row.name for row in rows if row.status is not Status.PASS]:
+        parser.error(f"no baseline is made of models that do not pass: {', '.join(unfit)}")
     sample, families = split(one_of_each_family(rows), SAMPLE_SECONDS)
     results.write(options.expected / "structure.csv", structure(rows))
     for name, part in (("sample", sample), ("families", families)):

@@ -1,5 +1,6 @@
 """The project's own gate: what its baselines are made of."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,8 +59,6 @@ def test_the_files_are_as_the_gate_writes_them(committed):
 
 
 def test_they_are_made_from_a_sweep(tmp_path):
-    from dataclasses import replace
-
     row = replace(FULL, level=Level.NUMERIC, family="a", parameters=10, seconds=100.0)
     rows = [
         replace(row, name="timm:test_a", parameters=1),
@@ -74,3 +73,10 @@ def test_they_are_made_from_a_sweep(tmp_path):
     assert made["structure"] == ["timm:large", "timm:slow", "timm:small", "timm:test_a"]
     assert made["sample"] == ["timm:small"]
     assert made["families"] == ["timm:slow"]
+
+
+def test_what_does_not_pass_is_no_baseline(tmp_path, capsys):
+    results.write(tmp_path / "zoo.csv", [replace(FULL, status=Status.TIMEOUT)])
+    with pytest.raises(SystemExit):
+        baselines.main(["--zoo", str(tmp_path / "zoo.csv"), "--expected", str(tmp_path)])
+    assert FULL.name in capsys.readouterr().err

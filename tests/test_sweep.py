@@ -105,7 +105,7 @@ def odd(tmp_path_factory):
         folder, [f"zoo_models:{name}" for name in ODD] + ["timm:not_there", "nowhere:model", "nonsense"]
     )
     out = folder / "results.csv"
-    limits = ["--timeout", 20, "--memory-limit", "1500MB"]
+    limits = ["--timeout", 40, "--memory-limit", "1500MB"]
     done = run("--suite", suite, "--level", "numeric", "--jobs", 2, "--out", out, *limits)
     return done, {row.name.removeprefix("zoo_models:"): row for row in results.read(out)}
 
@@ -169,7 +169,7 @@ def test_without_batch_norms_there_is_nothing_to_measure(odd):
         ("killed", Status.CRASH, "killed by SIGKILL"),
         ("aborting", Status.CRASH, "killed by SIGABRT"),
         ("exiting", Status.CRASH, "exit status 3"),
-        ("hanging", Status.TIMEOUT, "longer than 20 s"),
+        ("hanging", Status.TIMEOUT, "longer than 40 s"),
         ("hungry", Status.MEMORY, "above 1.50 GB"),
     ],
 )
