@@ -15,7 +15,7 @@ from rich.console import Console
 from typer import Argument, Option
 
 from convbn_fx import gate as gating
-from convbn_fx import presentation
+from convbn_fx import plotting, presentation
 from convbn_fx.inspection import inspect_model
 from convbn_fx.zoo import page, results, running, summary
 from convbn_fx.zoo.architectures import Subject, UnknownModel, UnknownSuite, load, matches
@@ -86,6 +86,8 @@ def report(
     Exits with 1 if --check finds a difference, with 2 if there is no such model.
     """
     with _failures_explained():
+        if plot is not None and plot.suffix.lower() not in plotting.FORMATS:
+            raise Unusable(f"no picture can be written as {plot.name}; the formats are {', '.join(plotting.FORMATS)}")
         _writable(html, plot)
         subject = load(model, pretrained=pretrained)
         if not subject.resizable and (batch or size):
@@ -96,7 +98,7 @@ def report(
         if html is not None:
             presentation.write_html(inspection, html)
         if plot is not None:
-            presentation.plot(inspection, plot)
+            plotting.plot(inspection, plot)
         numbers = _checked(subject, pretrained) if check else None
 
     console = _console()

@@ -14,10 +14,10 @@ from rich.text import Text
 
 from convbn_fx import tables
 from convbn_fx.inspection import Inspection
-from convbn_fx.plotting import inline_svg, plot
+from convbn_fx.plotting import inline_svg
 from convbn_fx.scales import FLOAT16_CURE
 
-__all__ = ["plot", "render", "write_html"]
+__all__ = ["render", "write_html"]
 
 
 def render(inspection: Inspection) -> RenderableType:

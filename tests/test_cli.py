@@ -182,6 +182,7 @@ def test_trained_weights_are_asked_for():
         ),
         (["sweep", "--from", "no/such/results.csv"], "cannot be read"),
         (["report", "zoo_models:small", "--html", "."], "is a folder"),
+        (["report", "zoo_models:small", "--plot", "picture.jpg"], "the formats are"),
         (["report", "zoo_models:small", "--html", "/dev/null/page.html"], "/dev/null"),
         (["gate", "no/such/results.csv", "--expected", "e.csv"], "cannot be read"),
     ],

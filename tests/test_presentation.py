@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from convbn_fx import Pair as Record
 from convbn_fx.inspection import inspect_model
-from convbn_fx.plotting import inline_svg
-from convbn_fx.presentation import plot, render, write_html
+from convbn_fx.plotting import inline_svg, plot
+from convbn_fx.presentation import render, write_html
 from convbn_fx.tables import pairs, refusals, share, together, unit_of
 
 NASTY = "<script>alert('[red]$x$&')</script>"
