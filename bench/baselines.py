@@ -18,7 +18,7 @@ ZOO = Path("bench/results/zoo.csv")
 EXPECTED = Path("bench/expected")
 
 #: Processor seconds that the sample may take.
-SAMPLE_SECONDS = 240.0
+SAMPLE_SECONDS = 120.0
 
 
 def structure(rows: Iterable[Row]) -> list[Row]:

@@ -87,7 +87,9 @@ def report(
     """
     with _failures_explained():
         if plot is not None and plot.suffix.lower() not in plotting.FORMATS:
-            raise Unusable(f"no picture can be written as {plot.name}; the formats are {', '.join(plotting.FORMATS)}")
+            raise Unusable(
+                f"no picture can be written as {plot.name}; the formats are {', '.join(plotting.FORMATS)}"
+            )
         _writable(html, plot)
         subject = load(model, pretrained=pretrained)
         if not subject.resizable and (batch or size):

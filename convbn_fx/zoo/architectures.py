@@ -39,7 +39,8 @@ class Subject:
         model: The model, in Eval mode.
         shapes: Shape of each positional input, without the batch.
         body: Name of the sub-module that the inputs are for; empty for the model itself. Detectors, whose
-            post-processing depends on what they find, are measured at their backbone.
+            post-processing depends on what they find, are measured at their backbone; optical flow, parts of which are
+            float32 in any model, at the encoder that has the batch norms.
         examples: Inputs that the user's factory has given; they come before `shapes`.
     """
 
@@ -122,7 +123,7 @@ def _torchvision(name: str, architecture: str, pretrained: bool) -> Subject:
         {"init_weights": True} if architecture in {"googlenet", "inception_v3"} and not pretrained else {}
     )
     model = builder(weights=weights, **apart, **initialised).eval()
-    body = "backbone" if package == "detection" else ""
+    body = {"detection": "backbone", "optical_flow": "context_encoder"}.get(package, "")
     shapes = _torchvision_shapes(torchvision, architecture, package, model)
     return Subject(name, f"torchvision.{module}", model, shapes, body)
 
@@ -135,7 +136,7 @@ def _torchvision_shapes(
         resize = model.transform
         return ((3, *(resize.fixed_size or (resize.min_size[-1], resize.max_size))),)
     if package == "optical_flow":
-        return ((3, 520, 960),) * 2
+        return ((3, 520, 960),)
     weights = torchvision.models.get_model_weights(architecture).DEFAULT
     transforms = weights.transforms()
     side = getattr(transforms, "crop_size", None) or transforms.resize_size
