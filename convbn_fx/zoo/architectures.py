@@ -140,10 +140,10 @@ def _torchvision_shapes(
     weights = torchvision.models.get_model_weights(architecture).DEFAULT
     transforms = weights.transforms()
     side = getattr(transforms, "crop_size", None) or transforms.resize_size
-    if hasattr(
-        model, "image_size"
-    ):  # a vision transformer takes no other, whatever its largest weights were made for
-        side = [model.image_size]
+    if hasattr(model, "image_size"):
+        side = [
+            model.image_size
+        ]  # a vision transformer takes no other, whatever its largest weights were made for
     if package == "video":
         return ((3, weights.meta.get("min_temporal_size", 16), side[0], side[-1]),)
     return ((3, side[0], side[-1]),)

@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -152,8 +151,8 @@ def _with_weights(name: str, seed: int, built_for: int | None = None) -> Subject
 def _with_structure(row: Row, subject: Subject, settings: Settings) -> Row:
     """The row with the numbers of pairs, of refusals, and of bytes."""
     model = subject.model
-    fake = not _is_meta(model)
-    with nullcontext() if fake else torch.device("meta"):
+    device = _device(model)
+    with device:
         inputs = subject.inputs(settings.batch, settings.side)
     if not row.batch_norms and not _normalises(model, subject.body, inputs):
         return replace(row, fused=0, refused={})
@@ -162,7 +161,7 @@ def _with_structure(row: Row, subject: Subject, settings: Settings) -> Row:
     refused = {reason.name: count for reason, count in report.reasons.items()}
     row = replace(row, fused=len(report.fused), refused=refused)
     in_eval_mode, in_tune_mode, in_deploy_mode = (
-        saved_bytes(each.get_submodule(subject.body), *inputs, fake=fake)
+        saved_bytes(each.get_submodule(subject.body), *inputs, fake=device.type != "meta")
         for each in (model, tuned, convbn_fx.deploy(model))
     )
     row = replace(
@@ -199,8 +198,9 @@ def _normalises(model: nn.Module, body: str, inputs: tuple[Any, ...]) -> bool:
     return bool(watcher.called)
 
 
-def _is_meta(model: nn.Module) -> bool:
-    return any(parameter.is_meta for parameter in model.parameters())
+def _device(model: nn.Module) -> torch.device:
+    """Where a model's inputs belong."""
+    return torch.device("meta" if any(parameter.is_meta for parameter in model.parameters()) else "cpu")
 
 
 def _with_numbers(row: Row, structure: Subject, seed: int) -> Row:
@@ -245,9 +245,8 @@ def smallest_size(subject: Subject) -> Size:
 
 
 def _takes(subject: Subject, size: Size) -> bool:
-    device = "meta" if _is_meta(subject.model) else "cpu"
     try:
-        with torch.device(device):
+        with _device(subject.model):
             if size.rebuilt:
                 subject = load(subject.name, built_for=size.side)
             inputs = subject.inputs(BATCH, size.side)
@@ -349,7 +348,7 @@ def _tensors(outputs: Any) -> list[Tensor]:
 def _worst_error(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
     worst = 0.0
     for ours, theirs in zip(found, expected, strict=True):
-        if theirs.is_floating_point() and not torch.equal(ours.double(), theirs):
-            error = ((ours.double() - theirs).abs().max() / theirs.abs().max()).item()
+        if theirs.is_floating_point() and not torch.equal(wide := ours.double(), theirs):
+            error = ((wide - theirs).abs().max() / theirs.abs().max()).item()
             worst = math.nan if math.isnan(error) or math.isnan(worst) else max(worst, error)
     return worst
