@@ -23,9 +23,7 @@ SAMPLE_SECONDS = 120.0
 
 def structure(rows: Iterable[Row]) -> list[Row]:
     """Every row with a batch norm, without its numbers."""
-    nothing = dict.fromkeys(
-        ("output_error", "gradient_error", "float32_error_tune", "float32_error_eval", "seconds")
-    )
+    nothing = dict.fromkeys((*results.ERRORS, "seconds"))
     return [
         replace(row, level=Level.STRUCTURE, **nothing)  # type: ignore[arg-type]
         for row in rows

@@ -20,7 +20,7 @@ from convbn_fx.inspection import inspect_model
 from convbn_fx.zoo import page, results, running, summary
 from convbn_fx.zoo.architectures import Subject, UnknownModel, UnknownSuite, load, matches
 from convbn_fx.zoo.architectures import suite as models_of
-from convbn_fx.zoo.measuring import Numbers, Settings, Size, compare_numbers, smallest_size
+from convbn_fx.zoo.measuring import Numbers, Settings, compare_numbers, for_smallest_images
 from convbn_fx.zoo.results import Level, ResultsError, Row
 from convbn_fx.zoo.running import Unusable
 from convbn_fx.zoo.sweeping import Backend, Cluster, ClusterError, Limits
@@ -117,10 +117,8 @@ def report(
 
 def _checked(subject: Subject, pretrained: bool) -> Numbers:
     """Compares a model in numbers: with trained weights as it is, else with the smallest images it can be built for."""
-    size = Size() if pretrained else smallest_size(subject)
-    if size.rebuilt:
-        subject = load(subject.name, built_for=size.side)
-    return compare_numbers(subject, size.side, seed=0)
+    subject, side = (subject, None) if pretrained else for_smallest_images(subject, seed=0)
+    return compare_numbers(subject, side, seed=0)
 
 
 # --- sweep ----------------------------------------------------------------------------------------------------------

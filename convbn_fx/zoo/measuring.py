@@ -1,8 +1,9 @@
 """One model measured: its pairs, the bytes it saves, its errors. The result is its row."""
 
 import copy
+import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -17,7 +18,7 @@ from convbn_fx.memory import saved_bytes
 from convbn_fx.modes import batch_norms
 from convbn_fx.testing import compare, randomize_batchnorms
 from convbn_fx.zoo.architectures import Subject, UnknownModel, describe, load, of_library
-from convbn_fx.zoo.results import Level, Row, Status, in_one_line
+from convbn_fx.zoo.results import ERRORS, Level, Row, Status, in_one_line
 
 #: Largest relative error of an output or a gradient in float64 that counts as equal.
 TOLERANCE: Final = 1e-8
@@ -88,12 +89,13 @@ class Numbers:
 
     def to_json(self) -> dict[str, Any]:
         """Plain types; what is not finite is None."""
-        errors = {name: value if math.isfinite(value) else None for name, value in self._errors()}
+        errors = {name: value if math.isfinite(value) else None for name, value in self.errors.items()}
         return {"passed": not self.failure, "failure": self.failure, **errors}
 
-    def _errors(self) -> Iterator[tuple[str, float]]:
-        for name in ("output_error", "gradient_error", "float32_error_tune", "float32_error_eval"):
-            yield name, getattr(self, name)
+    @property
+    def errors(self) -> dict[str, float]:
+        """The cells of the row's columns of errors."""
+        return {name: getattr(self, name) for name in ERRORS}
 
 
 def measure(name: str, settings: Settings) -> Row:
@@ -204,52 +206,36 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _with_numbers(row: Row, structure: Subject, seed: int) -> Row:
-    size = smallest_size(structure)
-    subject = _with_weights(row.name, seed, size.side if size.rebuilt else None)
-    numbers = compare_numbers(subject, size.side, seed)
+    numbers = compare_numbers(*for_smallest_images(structure, seed), seed)
     failure = numbers.failure
-    return replace(
-        row,
-        status=Status.FAIL if failure else row.status,
-        output_error=numbers.output_error,
-        gradient_error=numbers.gradient_error,
-        float32_error_tune=numbers.float32_error_tune,
-        float32_error_eval=numbers.float32_error_eval,
-        detail=failure,
-    )
+    errors: dict[str, Any] = numbers.errors
+    return replace(row, status=Status.FAIL if failure else row.status, detail=failure, **errors)
 
 
-@dataclass(frozen=True)
-class Size:
-    """Images for a model: their height and width, None for its own; and whether it has to be built for them."""
-
-    side: int | None = None
-    rebuilt: bool = False
-
-
-def smallest_size(subject: Subject) -> Size:
-    """The smallest images that a model takes, or else that it can be built for.
+def for_smallest_images(subject: Subject, seed: int) -> tuple[Subject, int | None]:
+    """A model built anew for the smallest images that it takes, or else that it can be built for.
 
     Args:
         subject: The model; on the meta device, where trying costs nothing, or not.
+        seed: Of the weights.
 
     Returns:
-        Their size, at most the model's own.
+        The model, with weights, and the height and width of its images; None for its own.
     """
-    if not subject.resizable:
-        return Size()
-    largest = max(subject.shapes[0][-2:])
-    sides = [side for side in SIDES if side < largest]
-    sizes = [Size(side, rebuilt) for rebuilt in (False, True) for side in sides]
-    return next((size for size in sizes if _takes(subject, size)), Size())
+    if subject.resizable:
+        largest = max(subject.shapes[0][-2:])
+        for rebuilt, side in itertools.product((False, True), SIDES):
+            if side < largest and _takes(subject, side, rebuilt):
+                return _with_weights(subject.name, seed, side if rebuilt else None), side
+    return _with_weights(subject.name, seed), None
 
 
-def _takes(subject: Subject, size: Size) -> bool:
+def _takes(subject: Subject, side: int, rebuilt: bool) -> bool:
     try:
         with _device(subject.model):
-            if size.rebuilt:
-                subject = load(subject.name, built_for=size.side)
-            inputs = subject.inputs(BATCH, size.side)
+            if rebuilt:
+                subject = load(subject.name, built_for=side)
+            inputs = subject.inputs(BATCH, side)
         with torch.no_grad():
             subject.model.get_submodule(subject.body)(*inputs)
     except Exception:  # noqa: BLE001 - too small: models say so in every way there is

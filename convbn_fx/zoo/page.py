@@ -15,8 +15,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from convbn_fx.zoo import chart
-from convbn_fx.zoo.results import Row
-from convbn_fx.zoo.summary import ERRORS, UNMEASURED, explanation, percent, saved, summarize
+from convbn_fx.zoo.results import ERRORS, Row
+from convbn_fx.zoo.summary import UNMEASURED, explanation, percent, saved, summarize
 
 
 @dataclass(frozen=True)

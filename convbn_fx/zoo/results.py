@@ -137,6 +137,14 @@ _TEXT = _Format(_write_text, _read_text)
 _COUNT = _Format(str, _read_count)
 _ERROR = _Format("{:.2e}".format, _read_error)
 
+#: The columns with errors, and what they are called.
+ERRORS: Mapping[str, str] = {
+    "output_error": "outputs, float64",
+    "gradient_error": "gradients, float64",
+    "float32_error_tune": "outputs, float32, Tune",
+    "float32_error_eval": "outputs, float32, Eval",
+}
+
 _FORMATS: Mapping[str, _Format] = {
     "status": _Format(str, Status),
     "level": _Format(str, Level),
@@ -144,7 +152,7 @@ _FORMATS: Mapping[str, _Format] = {
     **dict.fromkeys(
         ("parameters", "batch_norms", "fused", "bytes_eval", "bytes_tune", "bytes_deploy"), _COUNT
     ),
-    **dict.fromkeys(("output_error", "gradient_error", "float32_error_tune", "float32_error_eval"), _ERROR),
+    **dict.fromkeys(ERRORS, _ERROR),
     "refused": _Format(_write_counts, _read_counts),
     "seconds": _Format("{:.1f}".format, _read_error),
 }

@@ -13,18 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from convbn_fx.records import SkipReason
-from convbn_fx.zoo.results import Row, Status
+from convbn_fx.zoo.results import ERRORS, Row, Status
 
 #: Stands for what was not measured.
 UNMEASURED = "–"  # noqa: RUF001 - an en dash is meant
-
-#: The columns with errors, and what they are called.
-ERRORS: Mapping[str, str] = {
-    "output_error": "outputs, float64",
-    "gradient_error": "gradients, float64",
-    "float32_error_tune": "outputs, float32, Tune",
-    "float32_error_eval": "outputs, float32, Eval",
-}
 
 
 @dataclass(frozen=True)
