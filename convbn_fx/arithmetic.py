@@ -73,8 +73,7 @@ OPERATIONS: Final[dict[str, Callable[[Tensor, Convolution], Tensor]]] = {
 def fold(conv: Convolution, norm: BatchNorm) -> tuple[Tensor, Tensor]:
     """The parameters of the one convolution that equals a convolution and the batch norm after it.
 
-    `(scale W, beta + scale (b - mu))` as above, differentiable in every operand but the statistics. The vectors are
-    computed in float64 where the device has it, so that the only roundings are those of the results.
+    `(scale W, beta + scale (b - mu))` as above, differentiable in every operand but the statistics.
 
     Args:
         conv: The convolution; weight of shape (C_out, C_in / groups, ...), transposed (C_in, C_out / groups, ...).
@@ -85,14 +84,17 @@ def fold(conv: Convolution, norm: BatchNorm) -> tuple[Tensor, Tensor]:
         `conv.weight`.
     """
     scale = scale_of(norm.weight, inverse_deviation(norm.running_var, norm.eps))
-    shift = scale * centred(conv.bias, norm.running_mean)
-    if norm.bias is not None:
-        shift = shift + norm.bias
-    return scaled(conv.weight, scale, conv), shift.to(conv.weight.dtype)
+    return scaled(conv.weight, scale, conv), shift_of(scale, conv, norm).to(conv.weight.dtype)
+
+
+def shift_of(scale: Tensor, conv: Convolution, norm: BatchNorm) -> Tensor:
+    """`beta + scale (b - mu)`, of shape (C_out,)."""
+    difference = centred(conv.bias, norm.running_mean)
+    return scale * difference if norm.bias is None else torch.addcmul(norm.bias, scale, difference)
 
 
 def inverse_deviation(running_var: Tensor, eps: float) -> Tensor:
-    """`1 / sqrt(var + eps)`, of shape (C_out,), in the dtype that vectors are computed in."""
+    """`1 / sqrt(var + eps)`, of shape (C_out,), in float32 at least."""
     return torch.rsqrt(_precise(running_var) + eps)
 
 
@@ -108,8 +110,8 @@ def centred(bias: Tensor | None, running_mean: Tensor) -> Tensor:
 
 
 def _precise(statistics: Tensor) -> Tensor:
-    """The statistics as batch norm sees them, without gradient, in the dtype that vectors are computed in."""
-    return statistics.detach().to(torch.float32 if statistics.device.type == "mps" else torch.float64)
+    """The statistics as batch norm sees them, without gradient, in float32 at least."""
+    return _at_least_float32(statistics.detach())
 
 
 def scaled(weight: Tensor, scale: Tensor, conv: Convolution) -> Tensor:
@@ -161,3 +163,7 @@ def output_channels(conv: Convolution) -> int:
 def is_half(dtype: torch.dtype) -> bool:
     """Whether a convolution in this dtype leaves the scale on its output."""
     return dtype in (torch.float16, torch.bfloat16)
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from convbn_fx import kinds
 from convbn_fx.arithmetic import convolution
 from convbn_fx.autocast import autocast_state, in_autocast_state
-from convbn_fx.functional import normalised_convolution
+from convbn_fx.functional import finished, frozen_kind, normalised_convolution
 from convbn_fx.operands import BatchNorm, Convolution
 
 # --- Where deferring is allowed ----------------------------------------------------------------------------------
@@ -125,7 +125,10 @@ class Waiting:
         self.input = input
         self.conv = conv
         self.norm = norm
-        self.normalised = None if norm is None else normalised_convolution(input, conv, norm)
+        kind = None if norm is None else frozen_kind(norm)
+        self.normalised = (
+            None if norm is None or kind is None else normalised_convolution(input, conv, norm, kind)
+        )
         self.output: Tensor | None = None
         self.autocast = autocast_state(input.device.type)
         self.surroundings = _surroundings()
@@ -166,17 +169,20 @@ class Waiting:
             self.settled()
 
     def taken_by(self, norm: nn.Module | BatchNorm) -> Tensor | None:
-        """The output normalised; None where the batch norm has to look at the output itself."""
+        """What the batch norm makes of the output; None where it has to look at the output itself."""
         moved = self.surroundings != _surroundings() or self.autocast != autocast_state(
             self.input.device.type
         )
-        if self.output is not None or moved:
+        kind = frozen_kind(norm)
+        if self.output is not None or moved or kind is None:
             return None
         if self.norm is None:  # which one would come was not known
             unchanged = self.operands == _states((self.input, *self.conv))
-            return normalised_convolution(self.input, self.conv, norm) if unchanged else None
-        unchanged = self.norm is norm and self.norm_operands == _operand_states(self.norm)
-        return self.normalised if unchanged else None
+            normalised = normalised_convolution(self.input, self.conv, norm, kind) if unchanged else None
+        else:
+            unchanged = self.norm is norm and self.norm_operands == _operand_states(self.norm)
+            normalised = self.normalised if unchanged else None
+        return None if normalised is None else finished(norm, kind, normalised)
 
 
 def _states(operands: Iterable[Any]) -> list[object]:

@@ -62,16 +62,7 @@ def fused_convolution(input: Tensor, conv: Convolution, norm: BatchNorm, scale_o
         The normalised tensor, of shape (N, C_out, ...), in the dtype of `input`.
     """
     output: Tensor = _FusedConvolution.apply(
-        input,
-        conv.weight,
-        conv.bias,
-        norm.weight,
-        norm.bias,
-        norm.running_mean,
-        norm.running_var,
-        norm.eps,
-        conv._replace(weight=None, bias=None),
-        scale_on_output,
+        input, conv.weight, conv.bias, norm.weight, norm.bias, conv, norm, scale_on_output
     )
     return output
 
@@ -87,10 +78,8 @@ class _FusedConvolution(torch.autograd.Function):
         bias: Tensor | None,
         gamma: Tensor | None,
         beta: Tensor | None,
-        running_mean: Tensor,
-        running_var: Tensor,
-        eps: float,
         conv: Convolution,
+        norm: BatchNorm,
         scale_on_output: bool,
     ) -> Tensor:
         wanted = _Wanted(*ctx.needs_input_grad[:5])
@@ -99,77 +88,95 @@ class _FusedConvolution(torch.autograd.Function):
             weight if wanted.input or wanted.gamma else None,
             bias if wanted.gamma else None,
             gamma,
-            running_mean if wanted.gamma else None,
-            running_var,
+            norm.running_mean if wanted.gamma else None,
+            norm.running_var,
         )
-        ctx.conv, ctx.eps, ctx.scale_on_output = conv, eps, scale_on_output
+        ctx.conv = Convolution(conv.op, None, None, *conv[3:])
+        ctx.eps, ctx.scale_on_output = norm.eps, scale_on_output
         ctx.input_shape, ctx.input_dtype, ctx.weight_shape = input.shape, input.dtype, weight.shape
         ctx.parameter_dtypes = [
             None if tensor is None else tensor.dtype for tensor in (weight, bias, gamma, beta)
         ]
-        norm = BatchNorm(running_mean, running_var, gamma, beta, eps)
         with without_autocast(input.device.type):
             if scale_on_output:
                 conv = conv._replace(weight=_to(input.dtype, weight), bias=_to(input.dtype, bias))
                 return batch_norm(norm, convolution(conv, input))
-            weight, bias = fold(conv._replace(weight=weight, bias=bias), norm)
-            return convolution(conv._replace(weight=weight, bias=bias), input)
+            return convolution(Convolution(conv.op, *fold(conv, norm), *conv[3:]), input)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = _gradients_of_scaled if ctx.scale_on_output else _gradients_of_folded
         with without_autocast(grad_output.device.type):
-            gradients = _gradients(ctx, grad_output)
-        return (*gradients, None, None, None, None, None)
+            return (*gradients(ctx, grad_output), None, None, None)
 
 
-def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients with respect to input, weight, bias, gamma and beta."""
+def _gradients_of_folded(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of input, weight, bias, gamma and beta, where the scale went to the weight."""
+    wanted = _Wanted(*ctx.needs_input_grad[:5])
+    conv: Convolution = ctx.conv
+    input, weight, bias, gamma, running_mean, running_var = ctx.saved_tensors
+    inverse = inverse_deviation(running_var, ctx.eps)
+    scale = scale_of(gamma, inverse)
+    grad_input, grad_weight, grad_shift = _convolution_backward(
+        ctx,
+        grad_output,
+        input,
+        scaled(weight, scale, conv) if wanted.input else None,
+        wanted.bias or wanted.gamma or wanted.beta,
+    )
+    grad_gamma = None
+    if wanted.gamma:
+        per_scale = products(grad_weight, weight, conv)
+        grad_gamma = (per_scale + grad_shift * centred(bias, running_mean)) * inverse
+    if not wanted.weight:
+        grad_weight = None
+    elif torch.is_grad_enabled():
+        grad_weight = scaled(grad_weight, scale, conv)
+    else:  # nobody else sees it
+        grad_weight.mul_(along_output_channels(scale, grad_weight, conv))
+    grad_bias = scale * grad_shift if wanted.bias else None
+    return grad_input, grad_weight, grad_bias, grad_gamma, grad_shift if wanted.beta else None
+
+
+def _gradients_of_scaled(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of input, weight, bias, gamma and beta, where the scale stayed on the output."""
     wanted = _Wanted(*ctx.needs_input_grad[:5])
     conv: Convolution = ctx.conv
     input, weight, bias, gamma, running_mean, running_var = ctx.saved_tensors
     # As the convolution saw them:
     weight, bias = _to(ctx.input_dtype, weight), _to(ctx.input_dtype, bias)
-    norm = BatchNorm(running_mean, running_var, gamma, None, ctx.eps)
     inverse = inverse_deviation(running_var, ctx.eps)
     scale = scale_of(gamma, inverse)
-    # With the scale on the output, gamma's gradient comes out of the weight's, if that is computed anyway.
-    from_weight = wanted.gamma and (wanted.weight or not ctx.scale_on_output)
-    output_scale, weight_scale = _sides(scale, ctx.scale_on_output, from_weight)
-
-    grad_convolution = grad_output if output_scale is None else _on_channels(grad_output, output_scale)
-    fused_weight = _on_weight(weight, weight_scale, conv) if wanted.input else None
-    grad_input, grad_weight = _convolution_backward(
-        ctx, grad_convolution, input if wanted.weight or from_weight else None, fused_weight
+    from_weight = wanted.gamma and wanted.weight  # then gamma's gradient comes out of the weight's
+    output_scale, weight_scale = _sides(scale) if from_weight else (scale, None)
+    fused_weight = weight if weight_scale is None or weight is None else scaled(weight, weight_scale, conv)
+    grad_input, grad_weight, _ = _convolution_backward(
+        ctx,
+        _on_channels(grad_output, output_scale),
+        input if wanted.weight else None,
+        fused_weight if wanted.input else None,
     )
-
     grad_shift: Any = None
-    grad_bias = grad_gamma = grad_beta = None
+    grad_bias = grad_gamma = None
     if wanted.bias or wanted.beta or from_weight:
         grad_shift = _sum_over_positions(grad_output)
         grad_bias = scale * grad_shift if wanted.bias else None
-        grad_beta = grad_shift if wanted.beta else None
     if from_weight:
-        per_scale = products(_at_least_float32(grad_weight), _at_least_float32(weight), conv)
-        if output_scale is not None:
-            per_scale = per_scale / output_scale
+        per_scale = products(_at_least_float32(grad_weight), _at_least_float32(weight), conv) / output_scale
         grad_gamma = (per_scale + grad_shift * centred(bias, running_mean)) * inverse
     if wanted.gamma and (not from_weight or (is_half(ctx.input_dtype) and _overflowed(grad_gamma))):
+        norm = BatchNorm(running_mean, running_var, gamma, None, ctx.eps)
         grad_gamma = _gradient_of_gamma(conv._replace(weight=weight, bias=bias), norm, input, grad_output)
-    if wanted.weight:
-        nobody_else_sees_it = not torch.is_grad_enabled()
-        grad_weight = _on_weight(grad_weight, weight_scale, conv, in_place=nobody_else_sees_it)
-    gradients = (grad_weight if wanted.weight else None, grad_bias, grad_gamma, grad_beta)
+    if grad_weight is not None and weight_scale is not None:
+        grad_weight = scaled(grad_weight, weight_scale, conv)
+    gradients = (grad_weight, grad_bias, grad_gamma, grad_shift if wanted.beta else None)
     return grad_input, *(
         _to(dtype, gradient) for gradient, dtype in zip(gradients, ctx.parameter_dtypes, strict=True)
     )
 
 
-def _sides(scale: Tensor, scale_on_output: bool, divides: bool) -> tuple[Tensor | None, Tensor | None]:
-    """The scale as the product of one on the output and one on the weight; None stands for ones."""
-    if not scale_on_output:
-        return None, scale
-    if not divides:
-        return scale, None
+def _sides(scale: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The scale as the product of one on the output, to divide by, and one on the weight; None stands for ones."""
     tiny = scale.detach().abs() < _SMALLEST_DIVISOR
     if _is_known(scale) and not tiny.any():
         return scale, None
@@ -205,50 +212,40 @@ def _on_channels(grad_output: Tensor, scale: Tensor) -> Tensor:
     return (grad_output * per_channel.view(-1, *[1] * (grad_output.ndim - 2))).to(grad_output.dtype)
 
 
-def _on_weight(weight: Tensor, scale: Tensor | None, conv: Convolution, in_place: bool = False) -> Tensor:
-    """A weight, or its gradient, with each output channel multiplied by its element of `scale`."""
-    if scale is None:
-        return weight
-    if in_place and not is_half(weight.dtype):
-        return weight.mul_(along_output_channels(scale, weight, conv))
-    return scaled(weight, scale, conv)
-
-
 def _convolution_backward(
-    ctx: Any, grad_output: Tensor, input: Tensor | None, weight: Tensor | None
-) -> tuple[Any, Any]:  # Tensor or None each, as ctx.needs_input_grad has it
-    """Gradients of a bare convolution: of its input if `weight` is given, of its weight if `input` is."""
+    ctx: Any, grad_output: Tensor, input: Tensor | None, weight: Tensor | None, wants_bias: bool = False
+) -> tuple[Any, Any, Any]:  # Tensor or None each, as ctx.needs_input_grad has it
+    """Gradients of a bare convolution: of its input if `weight` is given, of its weight if `input` is, of its bias."""
     conv: Convolution = ctx.conv
     wants_input, wants_weight = weight is not None, input is not None
-    if conv.op == "linear":
+    if conv.op == "linear" or not (wants_input or wants_weight):
+        grad_bias = _sum_over_positions(grad_output) if wants_bias else None
         grad_input = grad_output @ weight if weight is not None else None
-        return grad_input, grad_output.t() @ input if input is not None else None
-    if not (wants_input or wants_weight):
-        return None, None
+        return grad_input, grad_output.t() @ input if input is not None else None, grad_bias
     # Of an operand that no wanted gradient reads, only the shape counts.
-    nothing = grad_output.new_empty(())
-    input = nothing.expand(ctx.input_shape) if input is None else input
-    weight = nothing.expand(ctx.weight_shape) if weight is None else weight
-    geometry = Geometry.of(conv, ctx.weight_shape[2:])
-    if any(geometry.uneven):
+    input = grad_output.new_empty(()).expand(ctx.input_shape) if input is None else input
+    weight = grad_output.new_empty(()).expand(ctx.weight_shape) if weight is None else weight
+    geometry = Geometry.of(conv, ctx.weight_shape)
+    uneven = any(geometry.uneven)
+    if uneven:
         input = F.pad(input, [pad for extra in reversed(geometry.uneven) for pad in (0, extra)])
-    grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
+    grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
         grad_output,
         input,
         weight,
-        None,
+        [grad_output.shape[1]] if wants_bias else None,
         geometry.stride,
         geometry.padding,
         geometry.dilation,
         conv.transposed,
         geometry.output_padding,
         conv.groups,
-        [wants_input, wants_weight, False],
+        [wants_input, wants_weight, wants_bias],
     )
-    if wants_input and any(geometry.uneven):
+    if wants_input and uneven:
         for dimension, size in enumerate(ctx.input_shape[2:], start=2):
             grad_input = grad_input.narrow(dimension, 0, size)
-    return grad_input, grad_weight
+    return grad_input, grad_weight, grad_bias
 
 
 def _sum_over_positions(grad_output: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from torch.nn.utils import parametrize
 
 from convbn_fx import kinds
 from convbn_fx.deferral import Scope, defer, settled, waiting_in
-from convbn_fx.functional import finished
 
 #: Attributes of tuned modules, in their `__dict__`.
 PAIRING: Final = "_convbn_fx_pairing"
@@ -50,7 +49,7 @@ def _batch_norm_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         for value in (*args, *kwargs.values()):
             waiting = waiting_in(value)
             if waiting is not None and (normalised := waiting.taken_by(self)) is not None:
-                return finished(self, normalised)
+                return normalised
         return original(self, *settled(args), **settled(kwargs))
 
     return forward
