@@ -84,18 +84,13 @@ def fold(conv: Convolution, norm: BatchNorm) -> tuple[Tensor, Tensor]:
         `conv.weight`.
     """
     scale = scale_of(norm.weight, inverse_deviation(norm.running_var, norm.eps))
-    return scaled(conv.weight, scale, conv), shift_of(scale, conv, norm).to(conv.weight.dtype)
-
-
-def shift_of(scale: Tensor, conv: Convolution, norm: BatchNorm) -> Tensor:
-    """`beta + scale (b - mu)`, of shape (C_out,)."""
-    difference = centred(conv.bias, norm.running_mean)
-    return scale * difference if norm.bias is None else torch.addcmul(norm.bias, scale, difference)
+    shift = plus_centred(norm.bias, scale, conv.bias, norm.running_mean)
+    return scaled(conv.weight, scale, conv), shift.to(conv.weight.dtype)
 
 
 def inverse_deviation(running_var: Tensor, eps: float) -> Tensor:
     """`1 / sqrt(var + eps)`, of shape (C_out,), in float32 at least."""
-    return torch.rsqrt(_precise(running_var) + eps)
+    return torch.rsqrt(at_least_float32(running_var) + eps)
 
 
 def scale_of(gamma: Tensor | None, inverse_deviation: Tensor) -> Tensor:
@@ -103,15 +98,19 @@ def scale_of(gamma: Tensor | None, inverse_deviation: Tensor) -> Tensor:
     return inverse_deviation if gamma is None else gamma * inverse_deviation
 
 
-def centred(bias: Tensor | None, running_mean: Tensor) -> Tensor:
-    """`b - mu`, of shape (C_out,); the two may be large and nearly cancel."""
-    mean = _precise(running_mean)
-    return -mean if bias is None else bias - mean
+def plus_centred(base: Tensor | None, factor: Tensor, bias: Tensor | None, running_mean: Tensor) -> Tensor:
+    """`base + factor (b - mu)`, of shape (C_out,); b and mu may be large and nearly cancel, so they go first."""
+    mean = at_least_float32(running_mean)
+    if base is None:
+        return factor * (-mean if bias is None else bias - mean)
+    if bias is None:
+        return torch.addcmul(base, factor, mean, value=-1)
+    return torch.addcmul(base, factor, bias - mean)
 
 
-def _precise(statistics: Tensor) -> Tensor:
-    """The statistics as batch norm sees them, without gradient, in float32 at least."""
-    return _at_least_float32(statistics.detach())
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor, in float32 if it is in half precision."""
+    return tensor.float() if is_half(tensor.dtype) else tensor
 
 
 def scaled(weight: Tensor, scale: Tensor, conv: Convolution) -> Tensor:
@@ -119,7 +118,7 @@ def scaled(weight: Tensor, scale: Tensor, conv: Convolution) -> Tensor:
 
     Args:
         weight: Weight of the convolution, or its gradient. Half precision is multiplied in float32.
-        scale: Shape (C_out,), in any floating dtype.
+        scale: Shape (C_out,), in float32 at least.
         conv: How the channels lie. A transposed convolution holds C_out / groups output channels in dimension 1,
             those of group g in the g-th part of its C_in rows.
     """
@@ -128,8 +127,7 @@ def scaled(weight: Tensor, scale: Tensor, conv: Convolution) -> Tensor:
 
 def along_output_channels(scale: Tensor, weight: Tensor, conv: Convolution) -> Tensor:
     """`scale`, of shape (C_out,), in a shape that broadcasts over the output channels of `weight`."""
-    scale = scale.to(torch.promote_types(weight.dtype, torch.float32))
-    ones = [1] * (weight.ndim - 2)
+    ones = (1,) * (weight.ndim - 2)
     if not conv.transposed:
         return scale.view(-1, 1, *ones)
     if conv.groups == 1:
@@ -138,21 +136,20 @@ def along_output_channels(scale: Tensor, weight: Tensor, conv: Convolution) -> T
     return rows.view(weight.shape[0], -1, *ones)
 
 
-def products(left: Tensor, right: Tensor, conv: Convolution) -> Tensor:
-    """The scalar products of two weights, one per output channel: shape (C_out,)."""
-    if conv.transposed:
-        left, right = (_output_channels_first(weight, conv.groups) for weight in (left, right))
-    # In the order of memory, so that reshaping does not copy (channels_last).
-    order = [0, *sorted(range(1, left.ndim), key=left.stride, reverse=True)]
-    rows = (weight.permute(order).reshape(weight.shape[0], -1) for weight in (left, right))
-    result: Tensor = torch.linalg.vecdot(*rows)
-    return result
+def products(left: Tensor, right: Tensor, conv: Convolution, out: Tensor | None = None) -> Tensor:
+    """The scalar products of two weights, one per output channel: shape (C_out,).
 
-
-def _output_channels_first(weight: Tensor, groups: int) -> Tensor:
-    """A transposed convolution's weight as (C_out, C_in / groups, ...)."""
-    by_group = weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2)
-    return by_group.reshape(-1, *by_group.shape[2:])
+    Args:
+        left: A weight.
+        right: Another.
+        conv: How the channels lie.
+        out: A weight that nobody needs any more: there the products of single elements go.
+    """
+    elements = torch.mul(left, right, out=out)
+    if not conv.transposed:
+        return elements.sum(tuple(range(1, elements.ndim)))
+    by_group = elements.view(conv.groups, -1, *elements.shape[1:])
+    return by_group.sum((1, *range(3, by_group.ndim))).view(-1)
 
 
 def output_channels(conv: Convolution) -> int:
@@ -163,7 +160,3 @@ def output_channels(conv: Convolution) -> int:
 def is_half(dtype: torch.dtype) -> bool:
     """Whether a convolution in this dtype leaves the scale on its output."""
     return dtype in (torch.float16, torch.bfloat16)
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

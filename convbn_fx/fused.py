@@ -20,12 +20,13 @@ from torch.nn import functional as F
 
 from convbn_fx.arithmetic import (
     along_output_channels,
+    at_least_float32,
     batch_norm,
-    centred,
     convolution,
     fold,
     inverse_deviation,
     is_half,
+    plus_centred,
     products,
     scale_of,
     scaled,
@@ -117,23 +118,22 @@ def _gradients_of_folded(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, 
     input, weight, bias, gamma, running_mean, running_var = ctx.saved_tensors
     inverse = inverse_deviation(running_var, ctx.eps)
     scale = scale_of(gamma, inverse)
+    fused_weight = scaled(weight, scale, conv) if wanted.input else None
     grad_input, grad_weight, grad_shift = _convolution_backward(
-        ctx,
-        grad_output,
-        input,
-        scaled(weight, scale, conv) if wanted.input else None,
-        wanted.bias or wanted.gamma or wanted.beta,
+        ctx, grad_output, input, fused_weight, wanted.bias or wanted.gamma or wanted.beta
     )
+    # What nobody else sees is written over, unless the gradients are differentiated again.
+    in_place = not torch.is_grad_enabled()
     grad_gamma = None
     if wanted.gamma:
-        per_scale = products(grad_weight, weight, conv)
-        grad_gamma = (per_scale + grad_shift * centred(bias, running_mean)) * inverse
+        per_scale = products(grad_weight, weight, conv, out=fused_weight if in_place else None)
+        grad_gamma = plus_centred(per_scale, grad_shift, bias, running_mean) * inverse
     if not wanted.weight:
         grad_weight = None
-    elif torch.is_grad_enabled():
-        grad_weight = scaled(grad_weight, scale, conv)
-    else:  # nobody else sees it
+    elif in_place:
         grad_weight.mul_(along_output_channels(scale, grad_weight, conv))
+    else:
+        grad_weight = scaled(grad_weight, scale, conv)
     grad_bias = scale * grad_shift if wanted.bias else None
     return grad_input, grad_weight, grad_bias, grad_gamma, grad_shift if wanted.beta else None
 
@@ -162,8 +162,8 @@ def _gradients_of_scaled(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, 
         grad_shift = _sum_over_positions(grad_output)
         grad_bias = scale * grad_shift if wanted.bias else None
     if from_weight:
-        per_scale = products(_at_least_float32(grad_weight), _at_least_float32(weight), conv) / output_scale
-        grad_gamma = (per_scale + grad_shift * centred(bias, running_mean)) * inverse
+        per_scale = products(at_least_float32(grad_weight), at_least_float32(weight), conv) / output_scale
+        grad_gamma = plus_centred(per_scale, grad_shift, bias, running_mean) * inverse
     if wanted.gamma and (not from_weight or (is_half(ctx.input_dtype) and _overflowed(grad_gamma))):
         norm = BatchNorm(running_mean, running_var, gamma, None, ctx.eps)
         grad_gamma = _gradient_of_gamma(conv._replace(weight=weight, bias=bias), norm, input, grad_output)
@@ -186,7 +186,7 @@ def _sides(scale: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def _gradient_of_gamma(conv: Convolution, norm: BatchNorm, input: Tensor, grad_output: Tensor) -> Tensor:
     """Eval mode's gradient of gamma, from the convolution's output computed again."""
-    output = _at_least_float32(convolution(conv, input))
+    output = at_least_float32(convolution(conv, input))
     mean = norm.running_mean.detach().to(output.dtype).view(-1, *[1] * (output.ndim - 2))
     return _sum_over_positions(grad_output * (output - mean)) * inverse_deviation(norm.running_var, norm.eps)
 
@@ -252,10 +252,6 @@ def _sum_over_positions(grad_output: Tensor) -> Tensor:
     """The gradient of the shift: shape (C_out,), in float32 at least."""
     dtype = torch.promote_types(grad_output.dtype, torch.float32)
     return grad_output.sum([0, *range(2, grad_output.ndim)], dtype=dtype)
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _to(dtype: torch.dtype | None, tensor: Any) -> Any:

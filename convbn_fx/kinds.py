@@ -90,7 +90,7 @@ class BatchNormKind:
 
     def has_statistics(self, module: nn.Module) -> bool:
         """Whether the module has running statistics to normalise by in Eval mode."""
-        return all([getattr(module, name) is not None for name in self.statistics])
+        return all(getattr(module, name) is not None for name in self.statistics)
 
     def accepts(self, rank: int) -> bool:
         """Whether an input of `rank` dimensions is one that the forward accepts."""
