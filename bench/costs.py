@@ -52,6 +52,8 @@ def _row(channels: int, kernel: int, batch: int, size: int, seconds: float, devi
     pair = nn.Sequential(
         nn.Conv2d(channels, channels, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(channels)
     )
+    conv: nn.Module
+    norm: nn.Module
     conv, norm = randomize_batchnorms(pair.eval()).to(device).to(memory_format=torch.channels_last)
     input = images((batch, channels, size, size), device).requires_grad_()
     grad_output = torch.randn_like(conv(input))
@@ -66,7 +68,7 @@ def _row(channels: int, kernel: int, batch: int, size: int, seconds: float, devi
 
     forms = {"Eval": None, **{form.name.lower(): form for form in Form}}
     return {
-        "weight": conv.weight.numel(),
+        "weight": sum(parameter.numel() for parameter in conv.parameters()),
         "output": grad_output.numel(),
         "channels": channels,
         "kernel": kernel,
@@ -76,8 +78,10 @@ def _row(channels: int, kernel: int, batch: int, size: int, seconds: float, devi
 
 def forced(form: Form | None) -> AbstractContextManager[Any]:
     """A context in which every pair runs in one form; in the cheapest one for None."""
-    always = partial(_first, form)  # a mock that returns the form would take longer than the rule
-    return nullcontext() if form is None else mock.patch.object(functional, "cheapest_form", always)
+    if form is None:
+        return nullcontext()
+    # A mock that returns the form would take longer than the rule.
+    return mock.patch.object(functional, "cheapest_form", partial(_first, form))
 
 
 def _first(form: Form, *_: object) -> Form:

@@ -1,10 +1,10 @@
 """The cost rule: which form of a pair is the cheapest at a call, decided from its sizes alone.
 
 There are three. *Folded*: the scale goes to the weight, which is read and written several times. *Scaled*: it stays on
-the output, and gamma's gradient is a sum over the weight. *Apart*: convolution and batch norm, as in Eval mode, which
-saves the convolution's output as well. So the smaller of weight and output decides between the first two, and apart is
-for outputs that are smaller than the weight by so much, or so small, that neither is worth its time: where the
-output is the larger of the two, a fused pair never saves it.
+the output, and gamma's gradient is a sum over the weight. *Apart*: convolution and batch norm as in Eval mode, which
+saves the convolution's output as well. So the smaller of weight and output decides between the first two; and apart
+is for gamma's sake alone, where the output is smaller than the weight by so much, or so small, that not to save it is
+not worth the time. Where the output is the larger of the two, a pair never saves it.
 """
 
 from dataclasses import dataclass
@@ -41,13 +41,14 @@ COSTS: Final[dict[str, Costs]] = {
 }
 
 
-def cheapest_form(weight_size: int, output_size: int, device_type: str) -> Form:
+def cheapest_form(weight_size: int, output_size: int, device_type: str, gamma_trains: bool) -> Form:
     """The form in which a pair is to run while gradients are recorded.
 
     Args:
         weight_size: Number of elements of the convolution's weight.
         output_size: Number of elements of its output.
         device_type: Such as `cpu`; one that is not in `COSTS` counts as `cuda`.
+        gamma_trains: Whether gamma wants a gradient.
 
     Returns:
         The form; apart only if the output is smaller than the weight.
@@ -55,6 +56,5 @@ def cheapest_form(weight_size: int, output_size: int, device_type: str) -> Form:
     if weight_size <= output_size:
         return Form.FOLDED
     costs = COSTS.get(device_type, COSTS["cuda"])
-    if output_size < costs.fixed or weight_size > costs.weight_per_output * output_size:
-        return Form.APART
-    return Form.SCALED
+    too_small = output_size < costs.fixed or weight_size > costs.weight_per_output * output_size
+    return Form.APART if gamma_trains and too_small else Form.SCALED

@@ -127,7 +127,8 @@ def _in_best_form(
     size = output_size(input, conv)
     if _is_transformed() or not _wants_gradient(input, conv, norm):
         return _formula(input, conv, norm, apart=is_half(dtype) or conv.weight.numel() > size)
-    form = cheapest_form(conv.weight.numel(), size, input.device.type)
+    gamma_trains = norm.weight is not None and norm.weight.requires_grad
+    form = cheapest_form(conv.weight.numel(), size, input.device.type, gamma_trains)
     if form is Form.APART or (
         _eval_mode_saves_the_output_alone(input, conv, norm)
         and size * dtype.itemsize <= _saved_for_gamma(input, conv)
