@@ -70,24 +70,6 @@ OPERATIONS: Final[dict[str, Callable[[Tensor, Convolution], Tensor]]] = {
 }
 
 
-def fold(conv: Convolution, norm: BatchNorm) -> tuple[Tensor, Tensor]:
-    """The parameters of the one convolution that equals a convolution and the batch norm after it.
-
-    `(scale W, beta + scale (b - mu))` as above, differentiable in every operand but the statistics.
-
-    Args:
-        conv: The convolution; weight of shape (C_out, C_in / groups, ...), transposed (C_in, C_out / groups, ...).
-        norm: The batch norm with frozen statistics; vectors of shape (C_out,).
-
-    Returns:
-        The fused weight, shaped like `conv.weight`, and the fused bias, of shape (C_out,), in the dtype of
-        `conv.weight`.
-    """
-    scale = scale_of(norm.weight, inverse_deviation(norm.running_var, norm.eps))
-    shift = plus_centred(norm.bias, scale, conv.bias, norm.running_mean)
-    return scaled(conv.weight, scale, conv), shift.to(conv.weight.dtype)
-
-
 def inverse_deviation(running_var: Tensor, eps: float) -> Tensor:
     """`1 / sqrt(var + eps)`, of shape (C_out,), in float32 at least."""
     return torch.rsqrt(at_least_float32(running_var) + eps)

@@ -17,9 +17,10 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import handle_torch_function
 
 from convbn_fx import kinds
-from convbn_fx.arithmetic import batch_norm, convolution, fold, is_half, output_channels
+from convbn_fx.arithmetic import batch_norm, convolution, is_half, output_channels
 from convbn_fx.autocast import computing_dtype
 from convbn_fx.costs import Form, cheapest_form
+from convbn_fx.folding import fold
 from convbn_fx.fused import fused_convolution
 from convbn_fx.geometry import output_size
 from convbn_fx.kinds import BatchNormKind
@@ -73,7 +74,7 @@ def normalised_convolution(
         norm_kind: Its [`frozen_kind`][convbn_fx.functional.frozen_kind].
 
     Returns:
-        The normalised tensor, or None where this is not known to be what the two compute one after the other.
+        The normalised tensor; None where the two have to run, or are cheaper, one after the other.
     """
     rank = conv.weight.ndim
     if not isinstance(input, Tensor) or input.ndim != rank or not norm_kind.accepts(rank):
@@ -84,7 +85,7 @@ def normalised_convolution(
     dtype = computing_dtype(input, conv)
     if dtype is None or not _are_ordinary(input, conv, operands, dtype, norm_kind.promotes):
         return None
-    return _in_best_form(input, conv, operands, dtype, norm_kind.promotes)
+    return _in_best_form(input, conv, operands, dtype)
 
 
 def finished(norm: nn.Module | BatchNorm, norm_kind: BatchNormKind, normalised: Tensor) -> Tensor:
@@ -118,30 +119,26 @@ def frozen_kind(norm: nn.Module | BatchNorm) -> BatchNormKind | None:
 # --- Which form? -------------------------------------------------------------------------------------------------
 
 
-def _in_best_form(
-    input: Tensor, conv: Convolution, norm: BatchNorm, dtype: torch.dtype, promotes: bool
-) -> Tensor | None:
-    """Fused in the form that suits the call, or in Eval mode's two steps where those are better."""
+def _in_best_form(input: Tensor, conv: Convolution, norm: BatchNorm, dtype: torch.dtype) -> Tensor | None:
+    """Fused in the form that suits the call; None where Eval mode's two steps are better."""
     if _is_compiled(input):  # compilers recompute what is cheap, whatever the sizes
-        return _formula(input, conv, norm, apart=is_half(dtype))
+        return None if is_half(dtype) else _formula(input, conv, norm)
     size = output_size(input, conv)
     if _is_transformed() or not _wants_gradient(input, conv, norm):
-        return _formula(input, conv, norm, apart=is_half(dtype) or conv.weight.numel() > size)
+        return None if is_half(dtype) or conv.weight.numel() > size else _formula(input, conv, norm)
     gamma_trains = norm.weight is not None and norm.weight.requires_grad
     form = cheapest_form(conv.weight.numel(), size, input.device.type, gamma_trains)
     if form is Form.APART or (
-        _eval_mode_saves_the_output_alone(input, conv, norm)
+        gamma_trains
+        and _eval_mode_saves_the_output_alone(input, conv)
         and size * dtype.itemsize <= _saved_for_gamma(input, conv)
     ):
-        # `F.batch_norm` saves its input, which a batch norm made of plain operations with buffers need not.
-        return None if promotes else _formula(input, conv, norm, apart=True)
+        return None
     return fused_convolution(input.to(dtype), conv, norm, is_half(dtype) or form is Form.SCALED)
 
 
-def _formula(input: Tensor, conv: Convolution, norm: BatchNorm, apart: bool) -> Tensor:
-    """Eval mode's two steps, or the folded convolution as plain operations."""
-    if apart:
-        return batch_norm(norm, convolution(conv, input))
+def _formula(input: Tensor, conv: Convolution, norm: BatchNorm) -> Tensor:
+    """The folded convolution as plain operations."""
     return convolution(Convolution(conv.op, *fold(conv, norm), *conv[3:]), input)
 
 
@@ -175,14 +172,10 @@ def _saved_for_gamma(input: Tensor, conv: Convolution) -> int:
     return size
 
 
-def _eval_mode_saves_the_output_alone(input: Tensor, conv: Convolution, norm: BatchNorm) -> bool:
-    """Whether Eval mode would save the convolution's output and not its input: gamma trains and little else does."""
+def _eval_mode_saves_the_output_alone(input: Tensor, conv: Convolution) -> bool:
+    """Whether Eval mode would save the convolution's output, for gamma, and not its input: little else trains."""
     others = (conv.weight,) if conv.op == "linear" else (input, conv.weight, conv.bias)
-    return (
-        norm.weight is not None
-        and norm.weight.requires_grad
-        and not any(tensor is not None and tensor.requires_grad for tensor in others)
-    )
+    return not any(tensor is not None and tensor.requires_grad for tensor in others)
 
 
 def _are_ordinary(

@@ -1,11 +1,7 @@
 """The fused convolution's autograd: it saves its input alone.
 
-With `dW'` and `db'` the gradients of the bare convolution with the fused parameters,
-
-    dW = scale dW',   db = scale db',   dbeta = db',   dgamma = (<dW', W> + db' (b - mu)) / sqrt(var + eps),
-
-so that of activation size the input is all that is saved, and that only if W or gamma wants a gradient. The fused
-weight is computed again in the backward pass.
+Of activation size the input is all that is saved, and that only if W or gamma wants a gradient. The fused weight is
+computed again in the backward pass.
 
 The scale can go to either side of the convolution, and the gradients need no more than the input either way. Where the
 output is the larger of the two it goes to the weight. Where the weight is, it stays on the output; and so it does in
@@ -19,11 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from convbn_fx.arithmetic import (
-    along_output_channels,
     at_least_float32,
     batch_norm,
     convolution,
-    fold,
     inverse_deviation,
     is_half,
     plus_centred,
@@ -32,6 +26,7 @@ from convbn_fx.arithmetic import (
     scaled,
 )
 from convbn_fx.autocast import without_autocast
+from convbn_fx.folding import Folding, folding
 from convbn_fx.geometry import Geometry
 from convbn_fx.operands import BatchNorm, Convolution
 
@@ -89,7 +84,7 @@ class _FusedConvolution(torch.autograd.Function):
             weight if wanted.input or wanted.gamma else None,
             bias if wanted.gamma else None,
             gamma,
-            norm.running_mean if wanted.gamma else None,
+            norm.running_mean,
             norm.running_var,
         )
         ctx.conv = Convolution(conv.op, None, None, *conv[3:])
@@ -102,7 +97,7 @@ class _FusedConvolution(torch.autograd.Function):
             if scale_on_output:
                 conv = conv._replace(weight=_to(input.dtype, weight), bias=_to(input.dtype, bias))
                 return batch_norm(norm, convolution(conv, input))
-            return convolution(Convolution(conv.op, *fold(conv, norm), *conv[3:]), input)
+            return convolution(Convolution(conv.op, *folding(conv, norm).parameters(), *conv[3:]), input)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -114,28 +109,19 @@ class _FusedConvolution(torch.autograd.Function):
 def _gradients_of_folded(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of input, weight, bias, gamma and beta, where the scale went to the weight."""
     wanted = _Wanted(*ctx.needs_input_grad[:5])
-    conv: Convolution = ctx.conv
     input, weight, bias, gamma, running_mean, running_var = ctx.saved_tensors
-    inverse = inverse_deviation(running_var, ctx.eps)
-    scale = scale_of(gamma, inverse)
-    fused_weight = scaled(weight, scale, conv) if wanted.input else None
+    op, _, _, *rest = ctx.conv
+    conv = Convolution(op, weight, bias, *rest)
+    norm = BatchNorm(running_mean, running_var, gamma, None, ctx.eps)
+    fold = Folding(conv, norm) if torch.is_grad_enabled() else folding(conv, norm)
+    fused_weight = fold.weight() if wanted.input else None
     grad_input, grad_weight, grad_shift = _convolution_backward(
         ctx, grad_output, input, fused_weight, wanted.bias or wanted.gamma or wanted.beta
     )
-    # What nobody else sees is written over, unless the gradients are differentiated again.
-    in_place = not torch.is_grad_enabled()
-    grad_gamma = None
-    if wanted.gamma:
-        per_scale = products(grad_weight, weight, conv, out=fused_weight if in_place else None)
-        grad_gamma = plus_centred(per_scale, grad_shift, bias, running_mean) * inverse
-    if not wanted.weight:
-        grad_weight = None
-    elif in_place:
-        grad_weight.mul_(along_output_channels(scale, grad_weight, conv))
-    else:
-        grad_weight = scaled(grad_weight, scale, conv)
-    grad_bias = scale * grad_shift if wanted.bias else None
-    return grad_input, grad_weight, grad_bias, grad_gamma, grad_shift if wanted.beta else None
+    gradients = fold.gradients(
+        grad_weight, grad_shift, fused_weight, wanted.weight, wanted.bias, wanted.gamma
+    )
+    return grad_input, *gradients, grad_shift if wanted.beta else None
 
 
 def _gradients_of_scaled(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:

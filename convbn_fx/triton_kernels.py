@@ -4,13 +4,14 @@ A program of either kernel does one output channel. A channel's elements of a we
 one run for a convolution, C_in / groups of them for a transposed one.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from convbn_fx.folding import Folding
 from convbn_fx.operands import BatchNorm, Convolution
 
 _BLOCK = 1024
@@ -43,72 +44,71 @@ def _is_dense(weight: Tensor) -> bool:
     )
 
 
-def fold(conv: Convolution, norm: BatchNorm) -> tuple[Tensor, Tensor]:
-    """[`fold`][convbn_fx.arithmetic.fold] without a gradient, in one kernel.
+class KernelFolding(Folding):
+    """A folding by these kernels, of operands that they apply to."""
 
-    Args:
-        conv: The convolution.
-        norm: The batch norm with frozen statistics.
+    def __init__(self, conv: Convolution, norm: BatchNorm) -> None:
+        self.conv, self.norm = conv, norm
 
-    Returns:
-        The fused weight and the fused bias.
-    """
-    fused_weight = torch.empty_like(conv.weight)
-    fused_bias = torch.empty_like(norm.running_mean)
-    bias, gamma, beta = conv.bias, norm.weight, norm.bias
-    _fold[(fused_bias.numel(),)](
-        conv.weight,
-        bias,
-        gamma,
-        beta,
-        norm.running_mean,
-        norm.running_var,
-        fused_weight,
-        fused_bias,
-        norm.eps,
-        *_layout(conv),
-        has_bias=bias is not None,
-        has_gamma=gamma is not None,
-        has_beta=beta is not None,
-        block=_BLOCK,
-    )
-    return fused_weight, fused_bias
+    def parameters(self) -> tuple[Tensor, Tensor]:
+        """The fused weight and the fused bias."""
+        conv, norm = self.conv, self.norm
+        fused_weight = torch.empty_like(conv.weight)
+        fused_bias = torch.empty_like(norm.running_mean)
+        _fold[(fused_bias.numel(),)](
+            conv.weight,
+            conv.bias,
+            norm.weight,
+            norm.bias,
+            norm.running_mean,
+            norm.running_var,
+            fused_weight,
+            fused_bias,
+            norm.eps,
+            *_layout(conv),
+            has_bias=conv.bias is not None,
+            has_gamma=norm.weight is not None,
+            has_beta=norm.bias is not None,
+            block=_BLOCK,
+        )
+        return fused_weight, fused_bias
 
+    def weight(self) -> Tensor:
+        """The fused weight; with the fused bias, which costs nothing more."""
+        return self.parameters()[0]
 
-def unfold_gradients(
-    grad_weight: Tensor, grad_shift: Tensor, conv: Convolution, norm: BatchNorm, wants_weight: bool
-) -> tuple[Tensor, Tensor]:
-    """The gradients of the parameters out of those of the fused ones, in one kernel.
-
-    Args:
-        grad_weight: Gradient of the fused weight, laid out as the weight; becomes that of the weight, in place.
-        grad_shift: Gradient of the fused bias.
-        conv: The convolution.
-        norm: The batch norm with frozen statistics.
-        wants_weight: Whether to write the gradient of the weight.
-
-    Returns:
-        The gradients of the convolution's bias, and of gamma.
-    """
-    grad_bias, grad_gamma = torch.empty_like(grad_shift), torch.empty_like(grad_shift)
-    _unfold_gradients[(grad_shift.numel(),)](
-        grad_weight,
-        grad_shift,
-        conv.weight,
-        conv.bias,
-        norm.weight,
-        norm.running_mean,
-        norm.running_var,
-        grad_bias,
-        grad_gamma,
-        norm.eps,
-        *_layout(conv),
-        has_bias=conv.bias is not None,
-        has_gamma=norm.weight is not None,
-        wants_weight=wants_weight,
-        block=_BLOCK,
-    )
-    return grad_bias, grad_gamma
+    def gradients(
+        self, grad_weight: Any, grad_shift: Any, spare: Tensor | None, *wanted: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of the parameters out of those of the fused ones, in one kernel."""
+        wants_weight, wants_bias, wants_gamma = wanted
+        if not (wants_weight or wants_gamma) or grad_weight.stride() != self.conv.weight.stride():
+            return Folding(self.conv, self.norm).gradients(grad_weight, grad_shift, spare, *wanted)
+        conv, norm = self.conv, self.norm
+        grad_bias, grad_gamma = torch.empty_like(norm.running_mean), torch.empty_like(norm.running_mean)
+        _unfold[(grad_gamma.numel(),)](
+            grad_weight,
+            grad_shift,
+            conv.weight,
+            conv.bias,
+            norm.weight,
+            norm.running_mean,
+            norm.running_var,
+            grad_bias,
+            grad_gamma,
+            norm.eps,
+            *_layout(conv),
+            has_bias=conv.bias is not None,
+            has_gamma=norm.weight is not None,
+            has_shift=grad_shift is not None,
+            wants_weight=wants_weight,
+            block=_BLOCK,
+        )
+        return (
+            grad_weight if wants_weight else None,
+            grad_bias if wants_bias else None,
+            grad_gamma if wants_gamma else None,
+        )
 
 
 def _layout(conv: Convolution) -> _Layout:
@@ -168,7 +168,7 @@ def _fold(
 
 
 @triton.jit
-def _unfold_gradients(
+def _unfold(
     grad_weight,
     grad_shift,
     weight,
@@ -186,6 +186,7 @@ def _unfold_gradients(
     run_stride,
     has_bias: tl.constexpr,
     has_gamma: tl.constexpr,
+    has_shift: tl.constexpr,
     wants_weight: tl.constexpr,
     block: tl.constexpr,
 ):
@@ -206,6 +207,9 @@ def _unfold_gradients(
         products += gradient * tl.load(weight + places, inside, 0.0)
         if wants_weight:
             tl.store(grad_weight + places, scale * gradient, inside)
-    shift = tl.load(grad_shift + channel)
-    tl.store(grad_bias + channel, scale * shift)
-    tl.store(grad_gamma + channel, (tl.sum(products) + shift * difference) * inverse)
+    per_scale = tl.sum(products)
+    if has_shift:
+        shift = tl.load(grad_shift + channel)
+        per_scale += shift * difference
+        tl.store(grad_bias + channel, scale * shift)
+    tl.store(grad_gamma + channel, per_scale * inverse)
