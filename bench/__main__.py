@@ -53,6 +53,10 @@ def main(
     checkpoint: Annotated[
         Path | None, Option(exists=True, help="coefficients: a state_dict of your own.")
     ] = None,
+    eps: Annotated[
+        float,
+        Option(min=0, help="coefficients: eps of the checkpoint's batch norms, which it does not tell."),
+    ] = 1e-5,
     json: Annotated[Path | None, Option(help="Write every sample and the environment here.")] = None,
     plot: Annotated[Path | None, Option(help="Write a picture (png, svg or pdf) here.")] = None,
 ) -> None:
@@ -61,7 +65,7 @@ def main(
         raise typer.BadParameter(f"there is no benchmark {benchmark}; there are {', '.join(BENCHMARKS)}")
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("there is no CUDA device here")
-    options = Options(device, smoke, seconds, seeds, image_folder, checkpoint)
+    options = Options(device, smoke, seconds, seeds, image_folder, checkpoint, eps)
     module = module_of(benchmark)
     settings, rows, notes = module.run(options)
     command = f"python -m bench {shlex.join(sys.argv[1:])}"

@@ -21,6 +21,7 @@ class Options:
         seeds: How often what depends on chance is repeated.
         image_folder: Images of one's own, a folder a class, in the place of bundled data.
         checkpoint: A `state_dict` of one's own, in the place of a trained model.
+        eps: Of its batch norms.
     """
 
     device: str = "cpu"
@@ -29,6 +30,7 @@ class Options:
     seeds: int = 5
     image_folder: Path | None = None
     checkpoint: Path | None = None
+    eps: float = 1e-5
 
 
 @dataclass(frozen=True)
