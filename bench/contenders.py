@@ -24,9 +24,11 @@ COMPOSITE: Final = "composite Tune"
 DEPLOY: Final = "Deploy"
 FROZEN: Final = "FrozenBatchNorm"
 CHECKPOINT: Final = "checkpointing"
+TUNE_CHECKPOINT: Final = "Tune + checkpointing"
 COMPILED: Final = "compile"
 COMPILED_FLAG: Final = "compile, PyTorch's flag"
 COMPILED_CONVBN: Final = 'compile, "convbn"'
+INPLACE: Final = "Inplace-ABN"
 
 #: What each of them is, for the page.
 MEANING: Final[dict[str, str]] = {
@@ -37,9 +39,11 @@ MEANING: Final[dict[str, str]] = {
     DEPLOY: "`convbn_fx.deploy`: batch norms baked in; the lower limit, but training it is unstable",
     FROZEN: "torchvision's FrozenBatchNorm2d: nothing in it trains",
     CHECKPOINT: "Eval, each block recomputed in the backward pass",
+    TUNE_CHECKPOINT: "Tune, each block recomputed in the backward pass",
     COMPILED: "`torch.compile` of Eval",
     COMPILED_FLAG: "the same with `efficient_conv_bn_eval_fx_passes`",
-    COMPILED_CONVBN: '`torch.compile(backend="convbn")`, which ends in inductor',
+    COMPILED_CONVBN: '`torch.compile(backend="convbn", options={"inner": "inductor"})`',
+    INPLACE: "InPlaceABN with leaky ReLU in the place of batch norm and ReLU, frozen statistics",
 }
 
 
@@ -78,14 +82,17 @@ def frozen(model: nn.Module) -> nn.Module:
     for module in list(result.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.BatchNorm2d):
-                norm = FrozenBatchNorm2d(child.num_features, child.eps)
+                norm = FrozenBatchNorm2d(child.num_features, child.eps).to(child.running_var)
                 norm.load_state_dict(child.state_dict())
                 setattr(module, name, norm)
     return result
 
 
 def checkpointed(model: nn.Module, block: Callable[[nn.Module], bool]) -> nn.Module:
-    """The model with those of its modules recomputed in the backward pass that `block` picks."""
+    """The model with those of its modules recomputed in the backward pass that `block` picks.
+
+    Tune the result, not the argument: a clone of a tuned model is of the original classes again.
+    """
     result = clone(model)
     for module in list(result.modules()):
         for name, child in module.named_children():
@@ -117,10 +124,9 @@ def in_train_mode(model: nn.Module) -> nn.Module:
     return result
 
 
-def compiled(model: nn.Module, *, flag: bool = False, backend: str = "inductor") -> nn.Module:
-    """The model compiled, optionally with PyTorch's own pass for Tune mode."""
-    options: dict[str, Any] | None = {"efficient_conv_bn_eval_fx_passes": True} if flag else None
-    result: Any = torch.compile(model, backend=backend, options=options)
+def compiled(model: nn.Module, backend: str = "inductor", **options: Any) -> nn.Module:
+    """The model compiled, with options of the backend."""
+    result: Any = torch.compile(model, backend=backend, options=options or None)
     return result  # type: ignore[no-any-return]
 
 
@@ -137,8 +143,8 @@ EAGER: Final[dict[str, Callable[[nn.Module], nn.Module]]] = {
 #: The same of those that a compiler makes.
 COMPILERS: Final[dict[str, Callable[[nn.Module], nn.Module]]] = {
     COMPILED: compiled,
-    COMPILED_FLAG: lambda model: compiled(model, flag=True),
-    COMPILED_CONVBN: lambda model: compiled(model, backend="convbn"),
+    COMPILED_FLAG: lambda model: compiled(model, efficient_conv_bn_eval_fx_passes=True),
+    COMPILED_CONVBN: lambda model: compiled(model, "convbn", inner="inductor"),
 }
 
 
