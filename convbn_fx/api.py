@@ -199,7 +199,8 @@ def tuned_and_deployed(model: Model) -> tuple[Model, Model]:
         The model in Tune mode, and in Deploy mode.
     """
     if any(isinstance(module, torch.fx.GraphModule) for module in model.modules()):
-        return tune(model), deploy(model)  # their graphs are rewritten in two ways before the rest is explored
+        # Their graphs are rewritten, in two ways, before the rest is explored.
+        return tune(model), deploy(model)
     tuned, deployed = clone(model), clone(model)
     found = discover(deployed)
     return _linked(tuned, [""], found), _baked(deployed, [""], found)
