@@ -56,11 +56,12 @@ zoo: $(READY) ## Measure all of timm and torchvision in numbers, go on where it 
 	@$(SWEEP) --suite timm --suite torchvision --level numeric --max-params 1e8 --resume \
 		--out bench/results/zoo.csv --html docs/zoo.html
 
-gate: $(READY) ## Hold the structure of every architecture, and a sample in numbers, to bench/expected
+gate: $(READY) ## Hold the structure of all but the deepest architectures, and a sample in numbers, to bench/expected
 	@$(call held,structure,structure)
 	@$(call held,numeric,sample)
 
-gate-full: gate ## The same with one model of every family in numbers
+gate-full: gate ## The same with the deepest ones, and one model of every family in numbers
+	@$(call held,structure,deep)
 	@$(call held,numeric,families)
 
 # $(call held,LEVEL,NAME): measures the models of the baseline NAME.csv anew, and judges them by it.

@@ -9,7 +9,7 @@ from torch import nn
 from convbn_fx.baking import bake, bake_graph
 from convbn_fx.cloning import Model, clone
 from convbn_fx.compiled_reports import compiled_report
-from convbn_fx.discovery import OwnedPair, discover
+from convbn_fx.discovery import Discovery, OwnedPair, discover
 from convbn_fx.graph_module import GraphModule
 from convbn_fx.linking import file_report, keep_in_eval_mode, link
 from convbn_fx.matching import find_pairs
@@ -130,12 +130,16 @@ def tune(
     for name, module in tuned.named_modules():
         if isinstance(module, GraphModule) and _is_inside(name, names):
             _fuse(module, include_training)
-    found = discover(tuned, include_training)
+    return _linked(tuned, names, discover(tuned, include_training))
+
+
+def _linked(model: Model, names: Iterable[str], found: Discovery) -> Model:
+    """Gives the modules of a model their parts in the pairs that were found inside those with these names."""
     chosen = [pair for pair in found.pairs if _is_inside(pair.owner, names)]
     for pair in chosen:
-        link(tuned, pair)
-    file_report(tuned, chosen, found.skips + _outside(found.pairs, chosen))
-    return tuned
+        link(model, pair)
+    file_report(model, chosen, found.skips + _outside(found.pairs, chosen))
+    return model
 
 
 def deploy(model: Model, modules: Iterable[str] | None = None) -> Model:
@@ -173,12 +177,33 @@ def deploy(model: Model, modules: Iterable[str] | None = None) -> Model:
             module.meta[META_KEY] = Report(
                 [pair for pair in fused if pair.batch_norm not in left], others + skips
             )
-    found = discover(deployed)
+    return _baked(deployed, names, discover(deployed))
+
+
+def _baked(model: Model, names: Iterable[str], found: Discovery) -> Model:
+    """Bakes the pairs that were found in this very model, inside its modules with these names."""
     chosen = [pair for pair in found.pairs if _is_inside(pair.owner, names)]
-    elsewhere = _modules_of(deployed, (pair for pair in found.pairs if pair not in chosen))
-    baked, skips = bake(deployed, chosen, found.used_apart | elsewhere)
-    file_report(deployed, baked, found.skips + skips + _outside(found.pairs, chosen))
-    return deployed
+    elsewhere = _modules_of(model, (pair for pair in found.pairs if pair not in chosen))
+    baked, skips = bake(model, chosen, found.used_apart | elsewhere)
+    file_report(model, baked, found.skips + skips + _outside(found.pairs, chosen))
+    return model
+
+
+def tuned_and_deployed(model: Model) -> tuple[Model, Model]:
+    """What `tune(model)` and `deploy(model)` return; its forwards are explored once for both, which takes longest.
+
+    Args:
+        model: Any model in Eval mode. It is left untouched.
+
+    Returns:
+        The model in Tune mode, and in Deploy mode.
+    """
+    if any(isinstance(module, torch.fx.GraphModule) for module in model.modules()):
+        # Their graphs are rewritten, in two ways, before the rest is explored.
+        return tune(model), deploy(model)
+    tuned, deployed = clone(model), clone(model)
+    found = discover(deployed)
+    return _linked(tuned, [""], found), _baked(deployed, [""], found)
 
 
 def _modules_of(model: nn.Module, pairs: Iterable[OwnedPair]) -> set[int]:

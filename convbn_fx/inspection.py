@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from convbn_fx.api import deploy, report, tune
+from convbn_fx.api import report, tuned_and_deployed
 from convbn_fx.cloning import clone
 from convbn_fx.kinds import batch_norm_kind, convolution_kind
 from convbn_fx.memory import saved_bytes
@@ -149,7 +149,7 @@ def inspect_model(model: nn.Module, inputs: tuple[Any, ...], *, body: str = "") 
         raise TypeError(
             f"inspect_model: inputs is the tuple of a call's arguments, got a {type(inputs).__name__}"
         )
-    original, tuned, deployed = clone(model), tune(model), deploy(model)
+    original, (tuned, deployed) = clone(model), tuned_and_deployed(model)
     result = report(tuned)
     members = _members(original, result.fused)
     recorder = Recorder()

@@ -11,7 +11,7 @@ from convbn_fx.zoo import results
 from convbn_fx.zoo.results import Level, Status
 
 EXPECTED = Path(__file__).parent.parent / "bench" / "expected"
-NAMES = ("structure", "sample", "families")
+NAMES = ("structure", "deep", "sample", "families")
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +20,9 @@ def committed():
 
 
 def test_the_structure_of_every_architecture_with_batch_norms(committed):
-    rows = committed["structure"]
+    rows = committed["structure"] + committed["deep"]
     assert {row.level for row in rows} == {Level.STRUCTURE}
+    assert len({row.name for row in rows}) == len(rows)
     assert all(row.batch_norms or row.fused for row in rows)
     assert sum(row.name.startswith("timm:") for row in rows) >= 740
     families = {row.family for row in rows}
@@ -37,7 +38,7 @@ def test_every_family_in_numbers(committed):
     assert len(families) == len(set(families))
     with_pairs = {
         row.family
-        for row in committed["structure"]
+        for row in committed["structure"] + committed["deep"]
         if row.fused and row.parameters <= 1e8 and "test_" not in row.name
     }
     assert set(families) == with_pairs
@@ -65,12 +66,14 @@ def test_they_are_made_from_a_sweep(tmp_path):
         replace(row, name="timm:large", parameters=20),
         replace(row, name="timm:small"),
         replace(row, name="timm:slow", family="b", seconds=200.0),
+        replace(row, name="timm:deep", batch_norms=baselines.DEEP + 1, parameters=30),
         replace(row, name="timm:none", family="c", batch_norms=0, fused=0, gradient_error=None),
     ]
     results.write(tmp_path / "zoo.csv", rows)
     assert baselines.main(["--zoo", str(tmp_path / "zoo.csv"), "--expected", str(tmp_path)]) == 0
     made = {name: [row.name for row in results.read(tmp_path / f"{name}.csv")] for name in NAMES}
     assert made["structure"] == ["timm:large", "timm:slow", "timm:small", "timm:test_a"]
+    assert made["deep"] == ["timm:deep"]
     assert made["sample"] == ["timm:small"]
     assert made["families"] == ["timm:slow"]
 

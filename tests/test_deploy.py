@@ -34,6 +34,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import convbn_fx
 from convbn_fx import deploy, register_conv, report, transform, tune
+from convbn_fx.api import tuned_and_deployed
 from convbn_fx.operands import Convolution
 from convbn_fx.testing import compare
 
@@ -1569,3 +1570,27 @@ def test_a_whole_model(name, dtype):
     after = model.state_dict(keep_vars=True)
     assert after.keys() == before.keys()
     assert all(id(after[name]) == i and torch.equal(after[name], t) for name, (i, t) in before.items())
+
+
+def modules_of(model):
+    return {name: type(module).__name__ for name, module in model.named_modules(remove_duplicate=False)}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        net,
+        SharedNorm,
+        SharedWithoutNorm,
+        partial(Functional, lambda self, x: self.normalize(F.conv2d(x, self.weight)), (4, 3, 3, 3), 4),
+        lambda: nn.Sequential(convbn_fx.symbolic_trace(net().eval())),
+        models.resnet18,
+    ],
+    ids=["net", "shared", "apart", "functions", "graph", "resnet18"],
+)
+def test_both_at_once_are_the_two_one_by_one(make):
+    model = make().eval()
+    tuned, deployed = tuned_and_deployed(model)
+    for together, alone in ((tuned, tune(model)), (deployed, deploy(model))):
+        assert modules_of(together) == modules_of(alone)
+        assert report(together) == report(alone)

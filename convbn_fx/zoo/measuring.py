@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 import convbn_fx
+from convbn_fx.api import tuned_and_deployed
 from convbn_fx.memory import saved_bytes
 from convbn_fx.modes import batch_norms
 from convbn_fx.testing import compare, randomize_batchnorms
@@ -158,13 +159,13 @@ def _with_structure(row: Row, subject: Subject, settings: Settings) -> Row:
         inputs = subject.inputs(settings.batch, settings.side)
     if not row.batch_norms and not _normalises(model, subject.body, inputs):
         return replace(row, fused=0, refused={})
-    tuned = convbn_fx.tune(model)
+    tuned, deployed = tuned_and_deployed(model)
     report = convbn_fx.report(tuned)
     refused = {reason.name: count for reason, count in report.reasons.items()}
     row = replace(row, fused=len(report.fused), refused=refused)
     in_eval_mode, in_tune_mode, in_deploy_mode = (
         saved_bytes(each.get_submodule(subject.body), *inputs, fake=device.type != "meta")
-        for each in (model, tuned, convbn_fx.deploy(model))
+        for each in (model, tuned, deployed)
     )
     row = replace(
         row,
