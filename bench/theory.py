@@ -145,13 +145,15 @@ def _row_of_pair(
     saved = saved_alone(conv, norm, [call])
     if saved is None:
         raise ValueError(f"theory: {pair} and its batch norm are no pair by themselves")
-    form = cheapest_form(weight.numel(), output.numel(), device)
+    form = cheapest_form(weight.numel(), output.numel(), device, gamma_trains=True)
     return _row(
         model=model,
         pair=pair,
         form=form.name.lower(),
         shapes={"input": [*spec.shape], "weight": [*weight.shape], "output": [*output.shape]},
-        predicted=predicted_bytes(sizes, cheapest_form(weight.numel(), output.numel(), "cpu")),
+        predicted=predicted_bytes(
+            sizes, cheapest_form(weight.numel(), output.numel(), "cpu", gamma_trains=True)
+        ),
         measured=dict(zip(MODES, (saved.eval, saved.tune, saved.deploy), strict=True)),
         traffic=predicted_traffic(sizes, form, conv.bias is not None, spec.requires_grad),
     )

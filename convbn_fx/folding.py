@@ -83,7 +83,8 @@ class Folding:
         in_place = not torch.is_grad_enabled()
         grad_gamma = None
         if wants_gamma:
-            per_scale = products(grad_weight, self.conv.weight, self.conv, out=spare if in_place else None)
+            out = spare if in_place and _is_eager(grad_weight) else None
+            per_scale = products(grad_weight, self.conv.weight, self.conv, out)
             centred = plus_centred(per_scale, grad_shift, self.conv.bias, self.norm.running_mean)
             grad_gamma = centred * self.inverse
         if not wants_weight:
@@ -93,6 +94,16 @@ class Folding:
         else:
             grad_weight = scaled(grad_weight, self.scale, self.conv)
         return grad_weight, self.scale * grad_shift if wants_bias else None, grad_gamma
+
+
+def _is_eager(tensor: Tensor) -> bool:
+    """Whether operations on the tensor are just run: nobody traces or batches them, who would refuse `out=`."""
+    return (
+        type(tensor) is Tensor
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._functorch.is_batchedtensor(tensor)
+        and not torch._C._functorch.is_legacy_batchedtensor(tensor)
+    )
 
 
 def folding(conv: Convolution, norm: BatchNorm) -> Folding:

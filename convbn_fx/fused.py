@@ -115,9 +115,8 @@ def _gradients_of_folded(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, 
     norm = BatchNorm(running_mean, running_var, gamma, None, ctx.eps)
     fold = Folding(conv, norm) if torch.is_grad_enabled() else folding(conv, norm)
     fused_weight = fold.weight() if wanted.input else None
-    grad_input, grad_weight, grad_shift = _convolution_backward(
-        ctx, grad_output, input, fused_weight, wanted.bias or wanted.gamma or wanted.beta
-    )
+    grad_input, grad_weight = _convolution_backward(ctx, grad_output, input, fused_weight)
+    grad_shift = _sum_over_positions(grad_output) if wanted.bias or wanted.gamma or wanted.beta else None
     gradients = fold.gradients(
         grad_weight, grad_shift, fused_weight, wanted.weight, wanted.bias, wanted.gamma
     )
@@ -136,7 +135,7 @@ def _gradients_of_scaled(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, 
     from_weight = wanted.gamma and wanted.weight  # then gamma's gradient comes out of the weight's
     output_scale, weight_scale = _sides(scale) if from_weight else (scale, None)
     fused_weight = weight if weight_scale is None or weight is None else scaled(weight, weight_scale, conv)
-    grad_input, grad_weight, _ = _convolution_backward(
+    grad_input, grad_weight = _convolution_backward(
         ctx,
         _on_channels(grad_output, output_scale),
         input if wanted.weight else None,
@@ -199,15 +198,19 @@ def _on_channels(grad_output: Tensor, scale: Tensor) -> Tensor:
 
 
 def _convolution_backward(
-    ctx: Any, grad_output: Tensor, input: Tensor | None, weight: Tensor | None, wants_bias: bool = False
-) -> tuple[Any, Any, Any]:  # Tensor or None each, as ctx.needs_input_grad has it
-    """Gradients of a bare convolution: of its input if `weight` is given, of its weight if `input` is, of its bias."""
+    ctx: Any, grad_output: Tensor, input: Tensor | None, weight: Tensor | None
+) -> tuple[Any, Any]:  # Tensor or None each, as ctx.needs_input_grad has it
+    """Gradients of a bare convolution: of its input if `weight` is given, of its weight if `input` is.
+
+    Not of its bias: the sums that backends make of it are four times as far off as Eval mode's.
+    """
     conv: Convolution = ctx.conv
     wants_input, wants_weight = weight is not None, input is not None
-    if conv.op == "linear" or not (wants_input or wants_weight):
-        grad_bias = _sum_over_positions(grad_output) if wants_bias else None
+    if conv.op == "linear":
         grad_input = grad_output @ weight if weight is not None else None
-        return grad_input, grad_output.t() @ input if input is not None else None, grad_bias
+        return grad_input, grad_output.t() @ input if input is not None else None
+    if not (wants_input or wants_weight):
+        return None, None
     # Of an operand that no wanted gradient reads, only the shape counts.
     input = grad_output.new_empty(()).expand(ctx.input_shape) if input is None else input
     weight = grad_output.new_empty(()).expand(ctx.weight_shape) if weight is None else weight
@@ -215,23 +218,23 @@ def _convolution_backward(
     uneven = any(geometry.uneven)
     if uneven:
         input = F.pad(input, [pad for extra in reversed(geometry.uneven) for pad in (0, extra)])
-    grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+    grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
         grad_output,
         input,
         weight,
-        [grad_output.shape[1]] if wants_bias else None,
+        None,
         geometry.stride,
         geometry.padding,
         geometry.dilation,
         conv.transposed,
         geometry.output_padding,
         conv.groups,
-        [wants_input, wants_weight, wants_bias],
+        [wants_input, wants_weight, False],
     )
     if wants_input and uneven:
         for dimension, size in enumerate(ctx.input_shape[2:], start=2):
             grad_input = grad_input.narrow(dimension, 0, size)
-    return grad_input, grad_weight, grad_bias
+    return grad_input, grad_weight
 
 
 def _sum_over_positions(grad_output: Tensor) -> Tensor:
