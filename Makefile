@@ -16,7 +16,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist w
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-all zoo zoo-structure gate gate-full lint types check bench-smoke clean
+.PHONY: help setup demo test test-slow test-all zoo zoo-structure gate gate-full lint types check bench bench-smoke clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
@@ -83,8 +83,15 @@ types: $(READY) ## Check the types
 
 check: lint types test ## Lint, types and fast tests: what must pass before a commit
 
+BENCHMARKS := resnet50-grid classification detection adversarial pretraining alternatives coefficients
+
+bench: $(READY) ## Run every benchmark, into bench/results and docs/benchmarks.md (two hours)
+	@for name in $(BENCHMARKS); do $(BIN)/python -m bench $$name --json bench/results/$$name.json || exit 1; done
+	@$(BIN)/python -m bench.page
+
 bench-smoke: $(READY) ## Run every benchmark at toy size
 	@$(BIN)/python -m bench.demo --smoke
+	@for name in $(BENCHMARKS); do $(BIN)/python -m bench $$name --smoke || exit 1; done
 
 clean: ## Remove .venv, caches and build results
 	@rm -rf $(VENV) build dist site htmlcov .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -9,9 +9,13 @@ import torch
 import torchvision
 
 
-def describe() -> dict[str, str | int]:
-    """Names the machine's processor and operating system, and the versions that matter."""
+def describe(device: str = "cpu") -> dict[str, str | int]:
+    """Names the machine's processors and operating system, and the versions that matter."""
+    accelerator: dict[str, str | int] = {}
+    if device == "cuda":
+        accelerator = {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
     return {
+        **accelerator,
         "cpu": _cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),

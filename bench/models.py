@@ -9,6 +9,7 @@ from torch import nn
 from bench.unet import UNet
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
+    "resnet18": lambda: torchvision.models.resnet18(weights=None),
     "resnet50": lambda: torchvision.models.resnet50(weights=None),
     "mobilenet_v2": lambda: torchvision.models.mobilenet_v2(weights=None),
     "googlenet": lambda: torchvision.models.googlenet(weights=None, init_weights=False),

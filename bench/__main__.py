@@ -1,0 +1,79 @@
+"""`python -m bench NAME`: runs a benchmark, prints its table as Markdown, writes its results and its picture."""
+
+import importlib
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import torch
+import typer
+from typer import Argument, Option
+
+from bench.environment import describe
+from bench.results import Options, Result
+
+#: The benchmarks, in the order of the page; each is a module with `run`, `tables` and `plot`.
+BENCHMARKS: Final = (
+    "resnet50-grid",
+    "classification",
+    "detection",
+    "adversarial",
+    "pretraining",
+    "alternatives",
+    "coefficients",
+    "kernels",
+)
+
+
+def module_of(benchmark: str) -> Any:
+    """The module of a benchmark.
+
+    Args:
+        benchmark: Its name.
+
+    Returns:
+        The module. `run(options)` returns `settings, rows, notes`; `tables(result)` its tables in Markdown;
+        `plot(result)` a figure.
+    """
+    return importlib.import_module(f"bench.{benchmark.replace('-', '_')}")
+
+
+def main(
+    benchmark: Annotated[str, Argument(help=f"One of {', '.join(BENCHMARKS)}.")],
+    device: Annotated[str, Option(help="cpu or cuda.")] = "cpu",
+    smoke: Annotated[bool, Option("--smoke", help="Toy sizes: does everything run?")] = False,
+    seconds: Annotated[float, Option(min=0, help="How long the contenders of a row take turns.")] = 30.0,
+    seeds: Annotated[int, Option(min=1, help="How often what depends on chance is repeated.")] = 5,
+    image_folder: Annotated[
+        Path | None, Option(exists=True, help="classification: images of your own, a folder a class.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, Option(exists=True, help="coefficients: a state_dict of your own.")
+    ] = None,
+    eps: Annotated[
+        float,
+        Option(min=0, help="coefficients: eps of the checkpoint's batch norms, which it does not tell."),
+    ] = 1e-5,
+    json: Annotated[Path | None, Option(help="Write every sample and the environment here.")] = None,
+    plot: Annotated[Path | None, Option(help="Write a picture (png, svg or pdf) here.")] = None,
+) -> None:
+    """Run a benchmark and print its table as Markdown."""
+    if benchmark not in BENCHMARKS:
+        raise typer.BadParameter(f"there is no benchmark {benchmark}; there are {', '.join(BENCHMARKS)}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("there is no CUDA device here")
+    options = Options(device, smoke, seconds, seeds, image_folder, checkpoint, eps)
+    module = module_of(benchmark)
+    settings, rows, notes = module.run(options)
+    command = f"python -m bench {shlex.join(sys.argv[1:])}"
+    result = Result(benchmark, command, describe(device), settings, rows, notes)
+    if json is not None:
+        result.write(json)
+    if plot is not None:
+        module.plot(result).savefig(plot)
+    typer.echo("\n".join([*module.tables(result), *[f"{note}\n" for note in result.notes]]))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,71 @@
+"""What a benchmark leaves behind: its rows, and all that one needs to know to repeat it, as JSON."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+#: Where the committed results lie.
+RESULTS = Path("bench/results")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks of a benchmark.
+
+    Attributes:
+        device: `cpu` or `cuda`.
+        smoke: Toy sizes: does everything run?
+        seconds: How long the contenders of one row take turns.
+        seeds: How often what depends on chance is repeated.
+        image_folder: Images of one's own, a folder a class, in the place of bundled data.
+        checkpoint: A `state_dict` of one's own, in the place of a trained model.
+        eps: Of its batch norms.
+    """
+
+    device: str = "cpu"
+    smoke: bool = False
+    seconds: float = 30.0
+    seeds: int = 5
+    image_folder: Path | None = None
+    checkpoint: Path | None = None
+    eps: float = 1e-5
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run of a benchmark.
+
+    Attributes:
+        benchmark: Its name.
+        command: What ran it.
+        environment: Machine and versions.
+        settings: Sizes, seeds, and whatever else the rows depend on.
+        rows: What was measured, a dictionary of plain types a row; all rows have the same keys.
+        notes: What a reader has to know beside the table, a sentence each.
+    """
+
+    benchmark: str
+    command: str
+    environment: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]]
+    notes: Sequence[str] = field(default_factory=list)
+
+    def write(self, path: Path) -> None:
+        """Writes the result as JSON."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(self), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read(path: Path) -> Result:
+    """Reads what [`write`][bench.results.Result.write] wrote.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The result.
+    """
+    return Result(**json.loads(path.read_text(encoding="utf-8")))
