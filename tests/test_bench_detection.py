@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from bench import detection, detectors
-from bench.contenders import DEPLOY, EVAL, TUNE
+from bench.contenders import EVAL, TUNE
 from bench.markdown import NOTHING
 from bench.results import Options, Result
 
@@ -41,7 +41,7 @@ def test_rows(result):
         for name in ("backbone_bytes", "loss_differences", "seconds"):
             assert tuple(row[name]) == detection.CONTENDERS
         assert all(len(seconds) >= 2 for seconds in row["seconds"].values())
-        assert row["backbone_bytes"][DEPLOY] <= row["backbone_bytes"][TUNE] < row["backbone_bytes"][EVAL]
+        assert row["backbone_bytes"][TUNE] < row["backbone_bytes"][EVAL]
 
 
 def test_losses_are_the_same_in_float64(result):

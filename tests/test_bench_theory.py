@@ -33,7 +33,7 @@ def pairs_of(result):
 
 def test_all_pairs_save_what_their_shapes_predict(result):
     assert len(pairs_of(result)) == 17
-    assert {row["form"] for row in pairs_of(result)} == {"folded", "apart"}
+    assert {row["form"] for row in pairs_of(result)} == {"folded", "scaled", "apart"}
     for row in pairs_of(result):
         assert row["measured"] == row["predicted"], row["pair"]
 

@@ -1,5 +1,6 @@
 """`convbn-fx sweep` as its users run it: in a process of its own, with models that crash, hang and eat memory."""
 
+import contextlib
 import os
 import re
 import signal
@@ -43,9 +44,12 @@ def run(*arguments, status=0, cwd=None):
     return done
 
 
+_STARTED = []
+
+
 def started(*arguments):
     """A sweep that is under way."""
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command(*arguments),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -53,6 +57,17 @@ def started(*arguments):
         env=environment(),
         start_new_session=True,
     )
+    _STARTED.append(process)
+    return process
+
+
+@pytest.fixture(autouse=True)
+def _no_sweep_outlives_its_test():
+    yield
+    while _STARTED:
+        process = _STARTED.pop()
+        process.kill()
+        process.communicate()  # closes its pipes, which the next test would be blamed for
 
 
 def suite_of(folder, names):
@@ -76,6 +91,15 @@ def finished_lines(path):
 
 def family_of(process):
     return psutil.Process(process.pid).children(recursive=True)
+
+
+def called(processes, word):
+    """Those of some processes whose command has a word in it, and that have not ended."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            found += [process] if word in " ".join(process.cmdline()) else []
+    return found
 
 
 def alive(processes):
@@ -222,9 +246,7 @@ def test_a_killed_sweep_loses_no_row_and_is_gone_on_with(slow):
     process.communicate()
     kept = finished_lines(out)
     assert 2 <= len(kept) < len(SLOW)
-    until(
-        lambda: not [each for each in family if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
-    )
+    until(lambda: not alive(family))
     with out.open("a") as file:
         file.write("zoo_models:slow_0,half a li")  # as a power cut leaves it
     run(*arguments, "--resume")
@@ -236,7 +258,7 @@ def test_a_killed_worker_is_replaced(slow):
     arguments, out = slow
     process = started(*arguments)
     until(lambda: len(finished_lines(out)) >= 1)
-    workers = [each for each in family_of(process) if "popen_loky_posix" in " ".join(each.cmdline())]
+    workers = called(family_of(process), "popen_loky_posix")
     assert len(workers) == 2
     children = workers[0].children(recursive=True)
     workers[0].kill()
@@ -370,10 +392,7 @@ def cluster(tmp_path):
 
 def has_forked(worker):
     """Whether a worker has models measured: they are forked from a server of its own."""
-    try:
-        return any("forkserver" in " ".join(each.cmdline()) for each in family_of(worker))
-    except psutil.NoSuchProcess:  # one has just ended
-        return False
+    return bool(called(family_of(worker), "forkserver"))
 
 
 def test_a_cluster_of_two_workers(cluster, tmp_path):
