@@ -26,7 +26,7 @@ SAMPLE_SECONDS = 120.0
 
 def structure(rows: Iterable[Row]) -> list[Row]:
     """Every row with a batch norm, without its numbers."""
-    nothing = dict.fromkeys((*results.ERRORS, "seconds"))
+    nothing = dict.fromkeys(results.ERRORS)
     return [
         replace(row, level=Level.STRUCTURE, **nothing)  # type: ignore[arg-type]
         for row in rows

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
+from timm.layers.norm_act import freeze_batch_norm_2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from torchvision.ops import FrozenBatchNorm2d
 
 import convbn_fx
 from convbn_fx import functional
@@ -78,13 +78,7 @@ def _composite_pair(conv: Any, norm: Any, input: Tensor) -> Tensor:
 
 def frozen(model: nn.Module) -> nn.Module:
     """The model with FrozenBatchNorm2d in the place of its BatchNorm2d."""
-    result = clone(model)
-    for module in list(result.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.BatchNorm2d):
-                norm = FrozenBatchNorm2d(child.num_features, child.eps).to(child.running_var)
-                norm.load_state_dict(child.state_dict())
-                setattr(module, name, norm)
+    result: nn.Module = freeze_batch_norm_2d(clone(model))
     return result
 
 
@@ -113,9 +107,7 @@ class _Checkpointed(nn.Module):
 def in_train_mode(model: nn.Module) -> nn.Module:
     """The model with its batch norms in Train mode, all else in the mode it is in."""
     result = clone(model)
-    for module in result.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.training = True
+    convbn_fx.batchnorm_mode(result, train=True)
     # Statistics of its own: those of the model are what the others are compared with.
     for module in result.modules():
         module._buffers = {

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import convbn_fx
+from bench.contenders import DEPLOY, EVAL, TUNE
 from bench.timing import take_turns
-from bench.variants import DEPLOY, EVAL, TUNE, make_variants
+from bench.variants import make_variants
 from convbn_fx.memory import saved_bytes
 from convbn_fx.testing import compare, randomize_batchnorms
 

@@ -29,7 +29,9 @@ def main() -> int:
         The exit status.
     """
     results = [result for name in BENCHMARKS for result in _of(name)]
-    PAGE.write_text("\n".join([HEAD, *_contenders(), *_environments(results), *_sections(results)]))
+    PAGE.write_text(
+        "\n".join([HEAD, *_contenders(), *_environments(results), *_sections(results)]), encoding="utf-8"
+    )
     return 0
 
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from rich import box
 from rich.table import Table
 
+from bench.contenders import DEPLOY, EVAL, TUNE
 from bench.measure import Measurement
 from bench.timing import Ratio, ratio
-from bench.variants import DEPLOY, EVAL, TUNE
 
 
 def render(measurements: list[Measurement]) -> Table:

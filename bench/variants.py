@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 import convbn_fx
+from bench.contenders import DEPLOY, EVAL, TUNE
 from convbn_fx.functional import conv_batch_norm
 from convbn_fx.operands import BatchNorm
-
-EVAL, TUNE, DEPLOY = "Eval", "Tune", "Deploy"
 
 
 def make_variants(model: nn.Module) -> dict[str, nn.Module]:

@@ -229,12 +229,9 @@ def assert_complete(out, names):
 
 @pytest.fixture
 def slow(tmp_path):
-    """Arguments of a sweep that takes some seconds, and its results file. No sweep outlives its test."""
+    """Arguments of a sweep that takes some seconds, and its results file."""
     out = tmp_path / "results.csv"
-    yield ["--suite", suite_of(tmp_path, SLOW), "--jobs", 2, "--out", out], out
-    for process in psutil.process_iter(["cmdline"]):
-        if str(out) in (process.info["cmdline"] or []):
-            process.kill()
+    return ["--suite", suite_of(tmp_path, SLOW), "--jobs", 2, "--out", out], out
 
 
 def test_a_killed_sweep_loses_no_row_and_is_gone_on_with(slow):

@@ -1,0 +1,50 @@
+"""`python -m bench NAME`, from the command line to the page that is written from its results."""
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from bench import __main__ as command
+from bench import page, results
+
+app = typer.Typer()
+app.command()(command.main)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [*map(str, arguments)])
+
+
+@pytest.mark.parametrize("benchmark", ["resnet50-grid", "kernels"])
+def test_from_the_command_to_the_page(benchmark, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    file = results.RESULTS / f"{benchmark}.json"
+    done = run(benchmark, "--smoke", "--json", file, "--plot", "picture.png")
+    assert done.exit_code == 0, done.output
+    assert done.output.startswith("| ")
+    result = results.read(file)
+    assert result.benchmark == benchmark
+    assert result.rows
+    assert "torch" in result.environment
+    assert (tmp_path / "picture.png").stat().st_size > 0
+    assert page.main() == 0
+    text = page.PAGE.read_text(encoding="utf-8")
+    for table in command.module_of(benchmark).tables(result):
+        assert table in text
+    assert (page.PICTURES / f"{benchmark}-cpu.png").exists()
+
+
+def test_a_benchmark_that_is_none():
+    done = run("resnet51")
+    assert done.exit_code == 2
+    assert "resnet50-grid" in done.output
+
+
+def test_every_benchmark_has_its_parts():
+    for benchmark in command.BENCHMARKS:
+        module = command.module_of(benchmark)
+        assert module.__doc__
+        assert callable(module.run)
+        assert callable(module.tables)
+        assert callable(module.plot)
