@@ -92,7 +92,7 @@ def plus_centred(base: Tensor | None, factor: Tensor, bias: Tensor | None, runni
 
 def at_least_float32(tensor: Tensor) -> Tensor:
     """The tensor, in float32 if it is in half precision."""
-    return tensor.float() if is_half(tensor.dtype) else tensor
+    return tensor.float() if tensor.dtype in _HALF else tensor
 
 
 def scaled(weight: Tensor, scale: Tensor, conv: Convolution) -> Tensor:
@@ -104,14 +104,15 @@ def scaled(weight: Tensor, scale: Tensor, conv: Convolution) -> Tensor:
         conv: How the channels lie. A transposed convolution holds C_out / groups output channels in dimension 1,
             those of group g in the g-th part of its C_in rows.
     """
-    return (weight * along_output_channels(scale, weight, conv)).to(weight.dtype)
+    product = weight * along_output_channels(scale, weight, conv)
+    return product if product.dtype == weight.dtype else product.to(weight.dtype)
 
 
 def along_output_channels(scale: Tensor, weight: Tensor, conv: Convolution) -> Tensor:
     """`scale`, of shape (C_out,), in a shape that broadcasts over the output channels of `weight`."""
-    ones = (1,) * (weight.ndim - 2)
     if not conv.transposed:
-        return scale.view(-1, 1, *ones)
+        return scale.view(-1, *[1] * (weight.ndim - 1))
+    ones = [1] * (weight.ndim - 2)
     if conv.groups == 1:
         return scale.view(1, -1, *ones)
     rows = scale.view(conv.groups, -1).repeat_interleave(weight.shape[0] // conv.groups, dim=0)
@@ -129,9 +130,12 @@ def products(left: Tensor, right: Tensor, conv: Convolution, out: Tensor | None 
     """
     elements = torch.mul(left, right, out=out)
     if not conv.transposed:
-        return elements.sum(tuple(range(1, elements.ndim)))
+        return elements.sum(_ALL_BUT_THE_FIRST[: elements.ndim - 1])
     by_group = elements.view(conv.groups, -1, *elements.shape[1:])
     return by_group.sum((1, *range(3, by_group.ndim))).view(-1)
+
+
+_ALL_BUT_THE_FIRST: Final = (1, 2, 3, 4)
 
 
 def output_channels(conv: Convolution) -> int:
@@ -141,4 +145,7 @@ def output_channels(conv: Convolution) -> int:
 
 def is_half(dtype: torch.dtype) -> bool:
     """Whether a convolution in this dtype leaves the scale on its output."""
-    return dtype in (torch.float16, torch.bfloat16)
+    return dtype in _HALF
+
+
+_HALF: Final = frozenset({torch.float16, torch.bfloat16})

@@ -36,7 +36,7 @@ class Costs:
 
 #: By type of device.
 COSTS: Final[dict[str, Costs]] = {
-    "cpu": Costs(fixed=0, weight_per_output=16.0),
+    "cpu": Costs(fixed=1 << 16, weight_per_output=16.0),
     "cuda": Costs(fixed=0, weight_per_output=16.0),
 }
 

@@ -8,7 +8,7 @@ With `dW'` and `db'` the gradients of the convolution with the fused parameters,
 import importlib
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -107,12 +107,15 @@ def _is_eager(tensor: Tensor) -> bool:
 
 
 def folding(conv: Convolution, norm: BatchNorm) -> Folding:
-    """The fastest folding of these operands, while nothing of it is to be differentiated again."""
-    if norm.running_var.device.type == "cuda" and type(conv.weight) in (Tensor, nn.Parameter):
+    """The fastest folding of these operands; one to be differentiated again while gradients are recorded."""
+    if norm.running_var.is_cuda and type(conv.weight) in _PLAIN and not torch.is_grad_enabled():
         kernels = _triton_kernels()
         if kernels is not None and kernels.applies_to(conv, norm):
             return kernels.KernelFolding(conv, norm)  # type: ignore[no-any-return]
     return Folding(conv, norm)
+
+
+_PLAIN: Final = (Tensor, nn.Parameter)
 
 
 @cache

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+from torch.fx import Proxy
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import handle_torch_function
 
@@ -50,27 +52,29 @@ def conv_batch_norm(
     Raises:
         Exception: What the convolution or the batch norm raises for such an input.
     """
-    proxies = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.fx.Proxy)]
+    proxies = [value for value in (*args, *kwargs.values()) if isinstance(value, Proxy)]
     if proxies:  # somebody traces a rewritten graph again (unpickling does): stay one node
         return handle_torch_function(conv_batch_norm, proxies, conv, norm, *args, **kwargs)
+    if len(args) == 1 and are_cheaper_apart(conv, norm, *args):
+        return batch_norm(norm, convolution(conv, *args, **kwargs))
     norm_kind = frozen_kind(norm)
     if norm_kind is not None and (read := _convolution_reader(conv)) is not None:
         input, operands = read(*args, **kwargs)
-        normalised = normalised_convolution(input, operands, norm, norm_kind)
+        normalised = normalised_convolution(input, operands, batch_norm_operands(norm, norm_kind), norm_kind)
         if normalised is not None:
             return finished(norm, norm_kind, normalised)
     return batch_norm(norm, convolution(conv, *args, **kwargs))
 
 
 def normalised_convolution(
-    input: Any, conv: Convolution, norm: nn.Module | BatchNorm, norm_kind: BatchNormKind
+    input: Any, conv: Convolution, norm: BatchNorm, norm_kind: BatchNormKind
 ) -> Tensor | None:
     """A convolution and the normalisation after it, as one convolution.
 
     Args:
         input: The convolution's input.
         conv: Its operands.
-        norm: A batch-norm module, or the operands of a functional one with frozen statistics.
+        norm: Those of a batch norm with frozen statistics.
         norm_kind: Its [`frozen_kind`][convbn_fx.functional.frozen_kind].
 
     Returns:
@@ -81,11 +85,15 @@ def normalised_convolution(
         # Dimension 1, which the batch norm reads, does not hold the output channels: an unbatched convolution, a
         # linear layer's input of more dimensions. (Or the batch norm is about to raise.)
         return None
-    operands = norm if isinstance(norm, BatchNorm) else norm_kind.operands(norm)
     dtype = computing_dtype(input, conv)
-    if dtype is None or not _are_ordinary(input, conv, operands, dtype, norm_kind.promotes):
+    if dtype is None or not _are_ordinary(input, conv, norm, dtype, norm_kind.promotes):
         return None
-    return _in_best_form(input, conv, operands, dtype)
+    return _in_best_form(input, conv, norm, dtype)
+
+
+def batch_norm_operands(norm: nn.Module | BatchNorm, norm_kind: BatchNormKind) -> BatchNorm:
+    """The operands of a batch norm of this kind."""
+    return norm if isinstance(norm, BatchNorm) else norm_kind.operands(norm)
 
 
 def finished(norm: nn.Module | BatchNorm, norm_kind: BatchNormKind, normalised: Tensor) -> Tensor:
@@ -119,11 +127,28 @@ def frozen_kind(norm: nn.Module | BatchNorm) -> BatchNormKind | None:
 # --- Which form? -------------------------------------------------------------------------------------------------
 
 
+def are_cheaper_apart(conv: nn.Module | Convolution, norm: nn.Module | BatchNorm, input: Any) -> bool:
+    """Whether sizes say at once that convolution and batch norm are best called as they are.
+
+    That is right at any call. It is asked first because it takes a tenth of the time of making sure that the two
+    may be one; and such pairs are small, so that this time counts.
+    """
+    if type(input) is not Tensor or not isinstance(conv, _ConvNd) or not isinstance(norm, nn.Module):
+        return False
+    weight, gamma = conv._parameters.get("weight"), norm._parameters.get("weight")
+    if weight is None or gamma is None or not gamma.requires_grad or input.ndim != weight.ndim:
+        return False
+    if conv.transposed or torch.compiler.is_compiling():
+        return False
+    size = output_size(input, weight, conv)
+    return cheapest_form(weight.numel(), size, input.device.type, True) is Form.APART
+
+
 def _in_best_form(input: Tensor, conv: Convolution, norm: BatchNorm, dtype: torch.dtype) -> Tensor | None:
     """Fused in the form that suits the call; None where Eval mode's two steps are better."""
     if _is_compiled(input):  # compilers recompute what is cheap, whatever the sizes
         return None if is_half(dtype) else _formula(input, conv, norm)
-    size = output_size(input, conv)
+    size = output_size(input, conv.weight, conv)
     if _is_transformed() or not _wants_gradient(input, conv, norm):
         return None if is_half(dtype) or conv.weight.numel() > size else _formula(input, conv, norm)
     gamma_trains = norm.weight is not None and norm.weight.requires_grad
@@ -134,7 +159,9 @@ def _in_best_form(input: Tensor, conv: Convolution, norm: BatchNorm, dtype: torc
         and size * dtype.itemsize <= _saved_for_gamma(input, conv)
     ):
         return None
-    return fused_convolution(input.to(dtype), conv, norm, is_half(dtype) or form is Form.SCALED)
+    if input.dtype != dtype:
+        input = input.to(dtype)
+    return fused_convolution(input, conv, norm, form is Form.SCALED or is_half(dtype))
 
 
 def _formula(input: Tensor, conv: Convolution, norm: BatchNorm) -> Tensor:
@@ -183,30 +210,34 @@ def _are_ordinary(
 ) -> bool:
     """Whether types, dtypes and shapes are such that Eval mode works and the fused form is known to equal it."""
     statistics_dtype = norm.running_var.dtype
+    if dtype not in _FUSED or statistics_dtype not in _FUSED[dtype] or (promotes and is_half(dtype)):
+        return False
+    if not (_is_plain(input) and _is_plain(conv.weight) and input.numel()):
+        return False
     shape = (output_channels(conv),)
+    if conv.bias is not None and not (_is_plain(conv.bias) and conv.bias.shape == shape):
+        return False
     for vector in norm[:4]:
         if vector is not None and not (
-            _is_plain(vector) and vector.dtype == statistics_dtype and vector.shape == shape
+            vector.dtype == statistics_dtype and vector.shape == shape and _is_plain(vector)
         ):
             return False
-    return (
-        _is_plain(input)
-        and _is_plain(conv.weight)
-        and (conv.bias is None or (_is_plain(conv.bias) and conv.bias.shape == shape))
-        and (statistics_dtype == dtype or (is_half(dtype) and statistics_dtype == torch.float32))
-        and not (promotes and is_half(dtype))
-        and not (norm.running_mean.requires_grad or norm.running_var.requires_grad)
-        and input.numel() > 0
-    )
+    return not (norm.running_mean.requires_grad or norm.running_var.requires_grad)
+
+
+# The dtypes that convolutions are fused in, and those of the statistics beside each.
+_FUSED: Final = {
+    torch.float64: (torch.float64,),
+    torch.float32: (torch.float32,),
+    torch.float16: (torch.float16, torch.float32),
+    torch.bfloat16: (torch.bfloat16, torch.float32),
+}
 
 
 _PLAIN: Final = frozenset({Tensor, nn.Parameter})
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether the tensor is a dense floating-point one, of a class that gives no function a meaning of its own."""
-    return (
-        (type(tensor) in _PLAIN or isinstance(tensor, (FakeTensor, FunctionalTensor)))
-        and tensor.is_floating_point()
-        and tensor.layout is torch.strided
-    )
+    """Whether the tensor is a dense one, of a class that gives no function a meaning of its own."""
+    known = type(tensor) in _PLAIN or isinstance(tensor, (FakeTensor, FunctionalTensor))
+    return known and tensor.layout is torch.strided

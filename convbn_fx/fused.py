@@ -26,13 +26,16 @@ from convbn_fx.arithmetic import (
     scaled,
 )
 from convbn_fx.autocast import without_autocast
-from convbn_fx.folding import Folding, folding
+from convbn_fx.folding import folding
 from convbn_fx.geometry import Geometry
 from convbn_fx.operands import BatchNorm, Convolution
 
 # A scale on the output has to be divided out of gamma's gradient. Down to this size it is; below, this constant stands
 # on the output in its place and what is missing on the weight, so that gamma may be tiny or 0.
 _SMALLEST_DIVISOR: Final = 2.0**-7
+
+
+_CONVOLUTION_BACKWARD: Final = torch.ops.aten.convolution_backward.default
 
 
 class _Wanted(NamedTuple):
@@ -90,11 +93,11 @@ class _FusedConvolution(torch.autograd.Function):
         ctx.conv = Convolution(conv.op, None, None, *conv[3:])
         ctx.eps, ctx.scale_on_output = norm.eps, scale_on_output
         ctx.input_shape, ctx.input_dtype, ctx.weight_shape = input.shape, input.dtype, weight.shape
-        ctx.parameter_dtypes = [
-            None if tensor is None else tensor.dtype for tensor in (weight, bias, gamma, beta)
-        ]
         with without_autocast(input.device.type):
             if scale_on_output:
+                ctx.parameter_dtypes = [
+                    None if tensor is None else tensor.dtype for tensor in (weight, bias, gamma, beta)
+                ]
                 conv = conv._replace(weight=_to(input.dtype, weight), bias=_to(input.dtype, bias))
                 return batch_norm(norm, convolution(conv, input))
             return convolution(Convolution(conv.op, *folding(conv, norm).parameters(), *conv[3:]), input)
@@ -110,10 +113,9 @@ def _gradients_of_folded(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, 
     """Gradients of input, weight, bias, gamma and beta, where the scale went to the weight."""
     wanted = _Wanted(*ctx.needs_input_grad[:5])
     input, weight, bias, gamma, running_mean, running_var = ctx.saved_tensors
-    op, _, _, *rest = ctx.conv
-    conv = Convolution(op, weight, bias, *rest)
+    conv = Convolution(ctx.conv.op, weight, bias, *ctx.conv[3:])
     norm = BatchNorm(running_mean, running_var, gamma, None, ctx.eps)
-    fold = Folding(conv, norm) if torch.is_grad_enabled() else folding(conv, norm)
+    fold = folding(conv, norm)
     fused_weight = fold.weight() if wanted.input else None
     grad_input, grad_weight = _convolution_backward(ctx, grad_output, input, fused_weight)
     grad_shift = _sum_over_positions(grad_output) if wanted.bias or wanted.gamma or wanted.beta else None
@@ -215,10 +217,9 @@ def _convolution_backward(
     input = grad_output.new_empty(()).expand(ctx.input_shape) if input is None else input
     weight = grad_output.new_empty(()).expand(ctx.weight_shape) if weight is None else weight
     geometry = Geometry.of(conv, ctx.weight_shape)
-    uneven = any(geometry.uneven)
-    if uneven:
-        input = F.pad(input, [pad for extra in reversed(geometry.uneven) for pad in (0, extra)])
-    grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
+    if geometry.padding_right is not None:
+        input = F.pad(input, [pad for extra in reversed(geometry.padding_right) for pad in (0, extra)])
+    grad_input, grad_weight, _ = _CONVOLUTION_BACKWARD(
         grad_output,
         input,
         weight,
@@ -231,7 +232,7 @@ def _convolution_backward(
         conv.groups,
         [wants_input, wants_weight, False],
     )
-    if wants_input and uneven:
+    if wants_input and geometry.padding_right is not None:
         for dimension, size in enumerate(ctx.input_shape[2:], start=2):
             grad_input = grad_input.narrow(dimension, 0, size)
     return grad_input, grad_weight
@@ -239,8 +240,12 @@ def _convolution_backward(
 
 def _sum_over_positions(grad_output: Tensor) -> Tensor:
     """The gradient of the shift: shape (C_out,), in float32 at least."""
-    dtype = torch.promote_types(grad_output.dtype, torch.float32)
-    return grad_output.sum([0, *range(2, grad_output.ndim)], dtype=dtype)
+    dtype = torch.float32 if is_half(grad_output.dtype) else None
+    return grad_output.sum(_POSITIONS[: grad_output.ndim - 1], dtype=dtype)
+
+
+# The dimensions of a batch of up to three spatial ones, but that of the channels.
+_POSITIONS: Final = (0, 2, 3, 4)
 
 
 def _to(dtype: torch.dtype | None, tensor: Any) -> Any:

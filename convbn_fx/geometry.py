@@ -15,12 +15,13 @@ Result = TypeVar("Result")
 class Geometry(NamedTuple):
     """Strides and paddings of a convolution, one number per spatial dimension.
 
-    `padding_right` differs from `padding` where `"same"` cannot be symmetric: the kernel reaches an even way.
+    `padding_right` is how much more is padded on the right than on the left: None but where `"same"` cannot be
+    symmetric, because the kernel reaches an even way.
     """
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
-    padding_right: tuple[int, ...]
+    padding_right: tuple[int, ...] | None
     dilation: tuple[int, ...]
     output_padding: tuple[int, ...]
 
@@ -29,21 +30,26 @@ class Geometry(NamedTuple):
         """The geometry of a convolution (not a linear layer) whose weight has that shape."""
         return _geometry(weight_shape, conv.stride, conv.padding, conv.dilation, conv.output_padding)
 
-    @property
-    def uneven(self) -> list[int]:
-        """How much more is padded on the right than on the left."""
-        return [right - left for left, right in zip(self.padding, self.padding_right, strict=True)]
 
+def output_size(input: Tensor, weight: Tensor, conv: Any) -> int:
+    """Number of elements of the output of a convolution, or of a linear layer with inputs of two dimensions.
 
-def output_size(input: Tensor, conv: Convolution) -> int:
-    """Number of elements of a convolution's output."""
+    Args:
+        input: Its batched input.
+        weight: Its weight.
+        conv: Its other operands, or a module of torch.nn, which has attributes of the same names.
+
+    Returns:
+        The number, by the formulas of torch.nn's convolutions.
+    """
     return _output_size(
         input.shape,
-        conv.weight.shape,
-        conv.op == "linear",
+        weight.shape,
         conv.transposed,
         conv.groups,
-        *conv[3:6],
+        conv.stride,
+        conv.padding,
+        conv.dilation,
         conv.output_padding,
     )
 
@@ -68,21 +74,22 @@ def _geometry(
 ) -> Geometry:
     dimensions = len(weight_shape) - 2
     dilation = _per_dimension(dilation, dimensions)
+    padding_right = None
     if padding == "same":
         total = [step * (size - 1) for step, size in zip(dilation, weight_shape[2:], strict=True)]
-        left = tuple(pad // 2 for pad in total)
-        right = tuple(pad - pad // 2 for pad in total)
+        padding = tuple(pad // 2 for pad in total)
+        if any(pad % 2 for pad in total):
+            padding_right = tuple(pad % 2 for pad in total)
     else:
-        left = right = _per_dimension(0 if padding == "valid" else padding, dimensions)
+        padding = _per_dimension(0 if padding == "valid" else padding, dimensions)
     stride, output_padding = _per_dimension(stride, dimensions), _per_dimension(output_padding, dimensions)
-    return Geometry(stride, left, right, dilation, output_padding)
+    return Geometry(stride, padding, padding_right, dilation, output_padding)
 
 
 @_remembered
 def _output_size(
     input_shape: Sequence[int],
     weight_shape: Sequence[int],
-    linear: bool,
     transposed: bool,
     groups: int,
     stride: Any,
@@ -90,20 +97,24 @@ def _output_size(
     dilation: Any,
     output_padding: Any,
 ) -> int:
-    """By the formulas of torch.nn's convolutions."""
     channels: int = weight_shape[1] * groups if transposed else weight_shape[0]
-    if linear:
-        return input_shape[0] * channels
     geometry = _geometry(weight_shape, stride, padding, dilation, output_padding)
     spatial: list[int] = []
-    for size, kernel, step, left, right, spacing, extra in zip(
-        input_shape[2:], weight_shape[2:], *geometry, strict=True
+    for size, kernel, step, pad, pad_right, spacing, extra in zip(
+        input_shape[2:],
+        weight_shape[2:],
+        geometry.stride,
+        geometry.padding,
+        geometry.padding_right or (0,) * len(geometry.padding),
+        geometry.dilation,
+        geometry.output_padding,
+        strict=True,
     ):
         reach = spacing * (kernel - 1)
         if transposed:
-            spatial.append((size - 1) * step - left - right + reach + extra + 1)
+            spatial.append((size - 1) * step - 2 * pad + reach + extra + 1)
         else:  # a stride of 0 is for the convolution to refuse
-            spatial.append((size + left + right - reach - 1) // max(step, 1) + 1)
+            spatial.append((size + 2 * pad + pad_right - reach - 1) // max(step, 1) + 1)
     return input_shape[0] * channels * math.prod(spatial)
 
 

@@ -30,9 +30,12 @@ def _convolution_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return original(self, *args, **kwargs)
-        pairing, kind = vars(self).get(PAIRING), kinds.convolution_kind(self)
+        pairing = vars(self).get(PAIRING)
+        if pairing is not None and len(args) == 1 and not kwargs and pairing.are_cheaper_apart(self, *args):
+            return original(self, *args)
+        kind = kinds.convolution_kind(self)
         if pairing is not None and kind is not None and pairing.allows():
-            args, kwargs = settled(args), settled(kwargs)
+            args, kwargs = settled(args), settled(kwargs) if kwargs else kwargs
             deferred = defer(*kind.operands(self, *args, **kwargs), pairing)
             if deferred is not None:
                 return deferred

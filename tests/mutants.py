@@ -82,8 +82,8 @@ MUTANTS = [
     Mutant(
         "input channels scaled",
         "arithmetic.along_output_channels",
-        "view(-1, 1, *ones)",
-        "view(1, -1, *ones)",
+        "view(-1, *[1] * (weight.ndim - 1))",
+        "view(1, -1, *[1] * (weight.ndim - 2))",
     ),
     Mutant(
         "input channels of a transposed convolution scaled",
