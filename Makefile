@@ -83,7 +83,7 @@ types: $(READY) ## Check the types
 
 check: lint types test ## Lint, types and fast tests: what must pass before a commit
 
-BENCHMARKS := resnet50-grid classification detection adversarial pretraining alternatives coefficients
+BENCHMARKS := resnet50-grid classification detection adversarial pretraining alternatives coefficients theory costs
 
 bench: $(READY) ## Run every benchmark, into bench/results and docs/benchmarks.md (two hours)
 	@for name in $(BENCHMARKS); do $(BIN)/python -m bench $$name --json bench/results/$$name.json || exit 1; done

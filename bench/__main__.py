@@ -22,6 +22,8 @@ BENCHMARKS: Final = (
     "pretraining",
     "alternatives",
     "coefficients",
+    "theory",
+    "costs",
     "kernels",
 )
 

@@ -70,30 +70,9 @@ OPERATIONS: Final[dict[str, Callable[[Tensor, Convolution], Tensor]]] = {
 }
 
 
-def fold(conv: Convolution, norm: BatchNorm) -> tuple[Tensor, Tensor]:
-    """The parameters of the one convolution that equals a convolution and the batch norm after it.
-
-    `(scale W, beta + scale (b - mu))` as above, differentiable in every operand but the statistics. The vectors are
-    computed in float64 where the device has it, so that the only roundings are those of the results.
-
-    Args:
-        conv: The convolution; weight of shape (C_out, C_in / groups, ...), transposed (C_in, C_out / groups, ...).
-        norm: The batch norm with frozen statistics; vectors of shape (C_out,).
-
-    Returns:
-        The fused weight, shaped like `conv.weight`, and the fused bias, of shape (C_out,), in the dtype of
-        `conv.weight`.
-    """
-    scale = scale_of(norm.weight, inverse_deviation(norm.running_var, norm.eps))
-    shift = scale * centred(conv.bias, norm.running_mean)
-    if norm.bias is not None:
-        shift = shift + norm.bias
-    return scaled(conv.weight, scale, conv), shift.to(conv.weight.dtype)
-
-
 def inverse_deviation(running_var: Tensor, eps: float) -> Tensor:
-    """`1 / sqrt(var + eps)`, of shape (C_out,), in the dtype that vectors are computed in."""
-    return torch.rsqrt(_precise(running_var) + eps)
+    """`1 / sqrt(var + eps)`, of shape (C_out,), in float32 at least."""
+    return torch.rsqrt(at_least_float32(running_var) + eps)
 
 
 def scale_of(gamma: Tensor | None, inverse_deviation: Tensor) -> Tensor:
@@ -101,15 +80,19 @@ def scale_of(gamma: Tensor | None, inverse_deviation: Tensor) -> Tensor:
     return inverse_deviation if gamma is None else gamma * inverse_deviation
 
 
-def centred(bias: Tensor | None, running_mean: Tensor) -> Tensor:
-    """`b - mu`, of shape (C_out,); the two may be large and nearly cancel."""
-    mean = _precise(running_mean)
-    return -mean if bias is None else bias - mean
+def plus_centred(base: Tensor | None, factor: Tensor, bias: Tensor | None, running_mean: Tensor) -> Tensor:
+    """`base + factor (b - mu)`, of shape (C_out,); b and mu may be large and nearly cancel, so they go first."""
+    mean = at_least_float32(running_mean)
+    if base is None:
+        return factor * (-mean if bias is None else bias - mean)
+    if bias is None:
+        return torch.addcmul(base, factor, mean, value=-1)
+    return torch.addcmul(base, factor, bias - mean)
 
 
-def _precise(statistics: Tensor) -> Tensor:
-    """The statistics as batch norm sees them, without gradient, in the dtype that vectors are computed in."""
-    return statistics.detach().to(torch.float32 if statistics.device.type == "mps" else torch.float64)
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor, in float32 if it is in half precision."""
+    return tensor.float() if tensor.dtype in _HALF else tensor
 
 
 def scaled(weight: Tensor, scale: Tensor, conv: Convolution) -> Tensor:
@@ -117,40 +100,42 @@ def scaled(weight: Tensor, scale: Tensor, conv: Convolution) -> Tensor:
 
     Args:
         weight: Weight of the convolution, or its gradient. Half precision is multiplied in float32.
-        scale: Shape (C_out,), in any floating dtype.
+        scale: Shape (C_out,), in float32 at least.
         conv: How the channels lie. A transposed convolution holds C_out / groups output channels in dimension 1,
             those of group g in the g-th part of its C_in rows.
     """
-    return (weight * along_output_channels(scale, weight, conv)).to(weight.dtype)
+    product = weight * along_output_channels(scale, weight, conv)
+    return product if product.dtype == weight.dtype else product.to(weight.dtype)
 
 
 def along_output_channels(scale: Tensor, weight: Tensor, conv: Convolution) -> Tensor:
     """`scale`, of shape (C_out,), in a shape that broadcasts over the output channels of `weight`."""
-    scale = scale.to(torch.promote_types(weight.dtype, torch.float32))
-    ones = [1] * (weight.ndim - 2)
     if not conv.transposed:
-        return scale.view(-1, 1, *ones)
+        return scale.view(-1, *[1] * (weight.ndim - 1))
+    ones = [1] * (weight.ndim - 2)
     if conv.groups == 1:
         return scale.view(1, -1, *ones)
     rows = scale.view(conv.groups, -1).repeat_interleave(weight.shape[0] // conv.groups, dim=0)
     return rows.view(weight.shape[0], -1, *ones)
 
 
-def products(left: Tensor, right: Tensor, conv: Convolution) -> Tensor:
-    """The scalar products of two weights, one per output channel: shape (C_out,)."""
-    if conv.transposed:
-        left, right = (_output_channels_first(weight, conv.groups) for weight in (left, right))
-    # In the order of memory, so that reshaping does not copy (channels_last).
-    order = [0, *sorted(range(1, left.ndim), key=left.stride, reverse=True)]
-    rows = (weight.permute(order).reshape(weight.shape[0], -1) for weight in (left, right))
-    result: Tensor = torch.linalg.vecdot(*rows)
-    return result
+def products(left: Tensor, right: Tensor, conv: Convolution, out: Tensor | None = None) -> Tensor:
+    """The scalar products of two weights, one per output channel: shape (C_out,).
+
+    Args:
+        left: A weight.
+        right: Another.
+        conv: How the channels lie.
+        out: A weight that nobody needs any more: there the products of single elements go.
+    """
+    elements = torch.mul(left, right, out=out)
+    if not conv.transposed:
+        return elements.sum(_ALL_BUT_THE_FIRST[: elements.ndim - 1])
+    by_group = elements.view(conv.groups, -1, *elements.shape[1:])
+    return by_group.sum((1, *range(3, by_group.ndim))).view(-1)
 
 
-def _output_channels_first(weight: Tensor, groups: int) -> Tensor:
-    """A transposed convolution's weight as (C_out, C_in / groups, ...)."""
-    by_group = weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2)
-    return by_group.reshape(-1, *by_group.shape[2:])
+_ALL_BUT_THE_FIRST: Final = (1, 2, 3, 4)
 
 
 def output_channels(conv: Convolution) -> int:
@@ -160,4 +145,7 @@ def output_channels(conv: Convolution) -> int:
 
 def is_half(dtype: torch.dtype) -> bool:
     """Whether a convolution in this dtype leaves the scale on its output."""
-    return dtype in (torch.float16, torch.bfloat16)
+    return dtype in _HALF
+
+
+_HALF: Final = frozenset({torch.float16, torch.bfloat16})

@@ -15,18 +15,21 @@ def computing_dtype(input: Tensor, conv: Convolution) -> torch.dtype | None:
     Autocast casts the operands of every function that it knows, except float64 ones. Whether it knows
     `torch.convolution` depends on the device.
     """
-    operands = [tensor for tensor in (input, conv.weight, conv.bias) if tensor is not None]
-    device_type = input.device.type
+    own, device_type = input.dtype, input.device.type
+    of_weight = conv.weight.dtype
+    of_bias = of_weight if conv.bias is None else conv.bias.dtype
     if _is_enabled(device_type) and (conv.op != "convolution" or device_type in _CAST_CONVOLUTION):
-        dtype = torch.get_autocast_dtype(device_type)
-        return None if any(tensor.dtype == torch.float64 for tensor in operands) else dtype
-    return input.dtype if all(tensor.dtype == input.dtype for tensor in operands) else None
+        any_double = torch.float64 in (own, of_weight, of_bias)
+        return None if any_double else torch.get_autocast_dtype(device_type)
+    return own if own == of_weight == of_bias else None
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """A context in which autocast casts nothing, for code that has chosen its dtypes."""
-    return torch.autocast(device_type, enabled=False) if _is_enabled(device_type) else nullcontext()
+    return torch.autocast(device_type, enabled=False) if _is_enabled(device_type) else _NO_CHANGE
 
+
+_NO_CHANGE: Final = nullcontext()
 
 # Asked once, because Dynamo of older versions cannot trace the question.
 _DEVICE_TYPES: Final = frozenset(
@@ -54,5 +57,5 @@ def autocast_state(device_type: str) -> torch.dtype | None:
 def in_autocast_state(device_type: str, state: torch.dtype | None) -> AbstractContextManager[Any]:
     """A context in which `autocast_state` is `state`."""
     if state == autocast_state(device_type):
-        return nullcontext()
+        return _NO_CHANGE
     return torch.autocast(device_type, dtype=state, enabled=state is not None)

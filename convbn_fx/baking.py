@@ -13,8 +13,9 @@ from torch.fx import Node
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from convbn_fx import kinds
-from convbn_fx.arithmetic import fold, output_channels
+from convbn_fx.arithmetic import output_channels
 from convbn_fx.discovery import OwnedPair
+from convbn_fx.folding import fold
 from convbn_fx.functional import conv_batch_norm
 from convbn_fx.graph_module import GraphModule
 from convbn_fx.operands import BatchNorm, Convolution

@@ -13,7 +13,7 @@ Dynamo captures the forward, nothing waits: the pass is at hand for its graphs (
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -26,7 +26,13 @@ from torch.utils import _pytree as pytree
 from convbn_fx import kinds
 from convbn_fx.arithmetic import convolution
 from convbn_fx.autocast import autocast_state, in_autocast_state
-from convbn_fx.functional import normalised_convolution
+from convbn_fx.functional import (
+    are_cheaper_apart,
+    batch_norm_operands,
+    finished,
+    frozen_kind,
+    normalised_convolution,
+)
 from convbn_fx.operands import BatchNorm, Convolution
 
 # --- Where deferring is allowed ----------------------------------------------------------------------------------
@@ -98,15 +104,25 @@ class Pairing:
     places: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
 
     def allows(self) -> bool:
-        """Whether the convolution may wait now: a frozen batch norm is next, and nobody looks in between."""
-        return (
-            any(scope.is_open_here() for scope in self.scopes)
-            and (self.to_function or any(map(kinds.frozen_kind, self.norms)))
-            and not any(map(kinds.has_hooks, self.watched))
-            and all(parent._modules.get(name) is child for parent, name, child in self.places)
-            and not _has_any_global_hook()
-            and torch._C._get_tracing_state() is None
-        )
+        """Whether the convolution may wait now: a frozen batch norm may be next, and nobody looks in between."""
+        if not any(map(Scope.is_open_here, self.scopes)) or any(map(kinds.has_hooks, self.watched)):
+            return False
+        for parent, name, child in self.places:  # at every call of every pair: no generator
+            if parent._modules.get(name) is not child:
+                return False
+        if not (self.to_function or self.only_norm or any(map(kinds.frozen_kind, self.norms))):
+            return False
+        return not _has_any_global_hook() and torch._C._get_tracing_state() is None
+
+    def are_cheaper_apart(self, conv: nn.Module, input: Any) -> bool:
+        """Whether sizes alone say that the convolution need not wait."""
+        norm = self.only_norm
+        return norm is not None and are_cheaper_apart(conv, norm, input)
+
+    @property
+    def only_norm(self) -> nn.Module | None:
+        """The batch norm that is next, if only one can be."""
+        return self.norms[0] if len(self.norms) == 1 and not self.to_function else None
 
 
 # --- The deferred convolution ------------------------------------------------------------------------------------
@@ -125,17 +141,21 @@ class Waiting:
         self.input = input
         self.conv = conv
         self.norm = norm
-        self.normalised = None if norm is None else normalised_convolution(input, conv, norm)
         self.output: Tensor | None = None
         self.autocast = autocast_state(input.device.type)
         self.surroundings = _surroundings()
-        self.operands = _states((input, *conv))
-        self.norm_operands = None if norm is None else _operand_states(norm)
+        self.versions = _versions(input, conv.weight, conv.bias)
+        self.normalised: Tensor | None = None
+        self.norm_kind = None if norm is None else frozen_kind(norm)
+        if norm is not None and self.norm_kind is not None:
+            self.norm_operands = batch_norm_operands(norm, self.norm_kind)
+            self.norm_versions = _versions(*self.norm_operands[:4])
+            self.normalised = normalised_convolution(input, conv, self.norm_operands, self.norm_kind)
 
     def settled(self) -> Tensor:
         """The convolution's own output."""
         if self.output is None:
-            if self.operands != _states((self.input, *self.conv)):
+            if not self._is_unchanged():
                 raise RuntimeError(
                     "the input or a parameter of a convolution was changed in place before its output was read, on a "
                     "path of the forward that was not foreseen. tune(model, modules=[...]) names the modules to tune: "
@@ -166,30 +186,39 @@ class Waiting:
             self.settled()
 
     def taken_by(self, norm: nn.Module | BatchNorm) -> Tensor | None:
-        """The output normalised; None where the batch norm has to look at the output itself."""
-        moved = self.surroundings != _surroundings() or self.autocast != autocast_state(
-            self.input.device.type
-        )
-        if self.output is not None or moved:
+        """What the batch norm makes of the output; None where it has to look at the output itself."""
+        kind = frozen_kind(norm)
+        if self.output is not None or kind is None:
             return None
+        if self.autocast != autocast_state(self.input.device.type) or self.surroundings != _surroundings():
+            return None
+        operands = batch_norm_operands(norm, kind)
+        normalised = None
         if self.norm is None:  # which one would come was not known
-            unchanged = self.operands == _states((self.input, *self.conv))
-            return normalised_convolution(self.input, self.conv, norm) if unchanged else None
-        unchanged = self.norm is norm and self.norm_operands == _operand_states(self.norm)
-        return self.normalised if unchanged else None
+            if self._is_unchanged():
+                normalised = normalised_convolution(self.input, self.conv, operands, kind)
+        elif self.norm is norm and self.norm_kind is kind and self._were_read(operands):
+            normalised = self.normalised
+        return None if normalised is None else finished(norm, kind, normalised)
+
+    def _is_unchanged(self) -> bool:
+        """Whether the convolution would still compute what it would have when it was called."""
+        return self.versions == _versions(self.input, self.conv.weight, self.conv.bias)
+
+    def _were_read(self, operands: BatchNorm) -> bool:
+        """Whether the batch norm's operands are those of its work that is done."""
+        for operand, read in zip(operands[:4], self.norm_operands[:4], strict=True):
+            if operand is not read:
+                return False
+        return operands.eps == self.norm_operands.eps and self.norm_versions == _versions(*operands[:4])
 
 
-def _states(operands: Iterable[Any]) -> list[object]:
-    """What changes when one of the operands is changed in place."""
-    tensors = [operand for operand in operands if isinstance(operand, Tensor)]
-    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
-
-
-def _operand_states(norm: nn.Module) -> tuple[object, ...]:
-    """What changes when the batch norm would compute something else."""
-    kind = kinds.batch_norm_kind(norm)
-    operands = () if kind is None else kind.operands(norm)
-    return norm.training, operands[4:], [id(operand) for operand in operands[:4]], _states(operands)
+def _versions(*tensors: Tensor | None) -> list[int]:
+    """What changes when one of the tensors is changed in place."""
+    try:
+        return [0 if tensor is None else tensor._version for tensor in tensors]
+    except RuntimeError:  # tensors made in inference mode have none
+        return [0 if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 # What the output has in common with the normalised one.
@@ -252,9 +281,11 @@ def settled(value: Any) -> Any:
         return waiting.settled()
     if not isinstance(value, (tuple, list, dict)):
         return value
-    parts = value.values() if isinstance(value, dict) else value
     # Most often the arguments of a forward: tensors, and nothing inside of them.
-    if all(isinstance(part, Tensor) and waiting_in(part) is None for part in parts):
+    for part in value.values() if isinstance(value, dict) else value:
+        if type(part) is Deferred or not isinstance(part, Tensor):
+            break
+    else:
         return value
     if all(waiting_in(leaf) is None for leaf in pytree.tree_leaves(value)):
         return value
@@ -274,7 +305,7 @@ def defer(input: Any, conv: Convolution, pairing: Pairing) -> Any:
     """
     if not isinstance(input, Tensor) or input.is_inference():  # which has no version to tell changes by
         return None
-    (norm,) = pairing.norms if len(pairing.norms) == 1 and not pairing.to_function else (None,)
+    norm = pairing.only_norm
     waiting = Waiting(input, conv, norm)
     if norm is not None and waiting.normalised is None:
         return None

@@ -3,7 +3,6 @@
 The arithmetic is in [`arithmetic`][convbn_fx.arithmetic], its autograd in [`fused`][convbn_fx.fused].
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
@@ -13,15 +12,19 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+from torch.fx import Proxy
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import handle_torch_function
 
 from convbn_fx import kinds
-from convbn_fx.arithmetic import batch_norm, convolution, fold, is_half, output_channels
+from convbn_fx.arithmetic import batch_norm, convolution, is_half, output_channels
 from convbn_fx.autocast import computing_dtype
+from convbn_fx.costs import Form, cheapest_form
+from convbn_fx.folding import fold
 from convbn_fx.fused import fused_convolution
-from convbn_fx.geometry import Geometry
+from convbn_fx.geometry import output_size
 from convbn_fx.kinds import BatchNormKind
 from convbn_fx.operands import BatchNorm, Convolution
 
@@ -49,54 +52,53 @@ def conv_batch_norm(
     Raises:
         Exception: What the convolution or the batch norm raises for such an input.
     """
-    proxies = [value for value in (*args, *kwargs.values()) if _is_proxy(value)]
+    proxies = [value for value in (*args, *kwargs.values()) if isinstance(value, Proxy)]
     if proxies:  # somebody traces a rewritten graph again (unpickling does): stay one node
         return handle_torch_function(conv_batch_norm, proxies, conv, norm, *args, **kwargs)
-    read_convolution = _convolution_reader(conv)
-    if read_convolution is not None and _frozen_kind(norm) is not None:
-        normalised = normalised_convolution(*read_convolution(*args, **kwargs), norm)
+    if len(args) == 1 and are_cheaper_apart(conv, norm, *args):
+        return batch_norm(norm, convolution(conv, *args, **kwargs))
+    norm_kind = frozen_kind(norm)
+    if norm_kind is not None and (read := _convolution_reader(conv)) is not None:
+        input, operands = read(*args, **kwargs)
+        normalised = normalised_convolution(input, operands, batch_norm_operands(norm, norm_kind), norm_kind)
         if normalised is not None:
-            return finished(norm, normalised)
+            return finished(norm, norm_kind, normalised)
     return batch_norm(norm, convolution(conv, *args, **kwargs))
 
 
-def normalised_convolution(input: Any, conv: Convolution, norm: nn.Module | BatchNorm) -> Tensor | None:
+def normalised_convolution(
+    input: Any, conv: Convolution, norm: BatchNorm, norm_kind: BatchNormKind
+) -> Tensor | None:
     """A convolution and the normalisation after it, as one convolution.
 
     Args:
         input: The convolution's input.
         conv: Its operands.
-        norm: A batch-norm module, or the operands of a functional one with frozen statistics.
+        norm: Those of a batch norm with frozen statistics.
+        norm_kind: Its [`frozen_kind`][convbn_fx.functional.frozen_kind].
 
     Returns:
-        The normalised tensor, or None where this is not known to be what the two compute one after the other.
+        The normalised tensor; None where the two have to run, or are cheaper, one after the other.
     """
-    norm_kind = _frozen_kind(norm)
     rank = conv.weight.ndim
-    if (
-        norm_kind is None
-        or not isinstance(input, Tensor)
-        or input.ndim != rank
-        or not norm_kind.accepts(rank)
-    ):
+    if not isinstance(input, Tensor) or input.ndim != rank or not norm_kind.accepts(rank):
         # Dimension 1, which the batch norm reads, does not hold the output channels: an unbatched convolution, a
         # linear layer's input of more dimensions. (Or the batch norm is about to raise.)
         return None
-    operands = norm if isinstance(norm, BatchNorm) else norm_kind.operands(norm)
     dtype = computing_dtype(input, conv)
-    if dtype is None or not _are_ordinary(input, conv, operands, dtype, norm_kind.promotes):
+    if dtype is None or not _are_ordinary(input, conv, norm, dtype, norm_kind.promotes):
         return None
-    return _in_best_form(input, conv, operands, dtype, norm_kind.promotes)
+    return _in_best_form(input, conv, norm, dtype)
 
 
-def finished(norm: nn.Module | BatchNorm, normalised: Tensor) -> Tensor:
-    """What a batch-norm module returns, given its input normalised."""
-    kind = kinds.batch_norm_kind(norm) if isinstance(norm, nn.Module) else None
-    return normalised if kind is None or kind.epilogue is None else kind.epilogue(norm, normalised)
+def batch_norm_operands(norm: nn.Module | BatchNorm, norm_kind: BatchNormKind) -> BatchNorm:
+    """The operands of a batch norm of this kind."""
+    return norm if isinstance(norm, BatchNorm) else norm_kind.operands(norm)
 
 
-def _is_proxy(value: object) -> bool:
-    return isinstance(value, torch.fx.Proxy)
+def finished(norm: nn.Module | BatchNorm, norm_kind: BatchNormKind, normalised: Tensor) -> Tensor:
+    """What calling a batch norm of this kind returns, given its input normalised."""
+    return normalised if norm_kind.epilogue is None else norm_kind.epilogue(norm, normalised)
 
 
 # --- May the modules be bypassed? --------------------------------------------------------------------------------
@@ -115,7 +117,7 @@ def _convolution_reader(conv: nn.Module | Convolution) -> Callable[..., tuple[An
 _FUNCTIONAL_BATCH_NORM: Final = kinds.BATCH_NORM_FUNCTIONS[F.batch_norm]
 
 
-def _frozen_kind(norm: nn.Module | BatchNorm) -> BatchNormKind | None:
+def frozen_kind(norm: nn.Module | BatchNorm) -> BatchNormKind | None:
     """The batch norm's row of the table, or None unless calling it normalises by running statistics and no more."""
     if isinstance(norm, BatchNorm):
         return _FUNCTIONAL_BATCH_NORM
@@ -124,38 +126,47 @@ def _frozen_kind(norm: nn.Module | BatchNorm) -> BatchNormKind | None:
 
 # --- Which form? -------------------------------------------------------------------------------------------------
 
-# Folding reads and writes a weight several times, scaling reads and writes an output. So where the weight is the larger
-# of the two, the scale goes to the output. Where it is this many times larger, the output itself is so small that it is
-# saved as well, as Eval mode does: gamma's gradient then need not be summed over the weight.
-_WEIGHT_PER_SAVED_OUTPUT: Final = 16
+
+def are_cheaper_apart(conv: nn.Module | Convolution, norm: nn.Module | BatchNorm, input: Any) -> bool:
+    """Whether sizes say at once that convolution and batch norm are best called as they are.
+
+    That is right at any call. It is asked first because it takes a tenth of the time of making sure that the two
+    may be one; and such pairs are small, so that this time counts.
+    """
+    if type(input) is not Tensor or not isinstance(conv, _ConvNd) or not isinstance(norm, nn.Module):
+        return False
+    weight, gamma = conv._parameters.get("weight"), norm._parameters.get("weight")
+    if weight is None or gamma is None or not gamma.requires_grad or input.ndim != weight.ndim:
+        return False
+    if conv.transposed or torch.compiler.is_compiling():
+        return False
+    size = output_size(input, weight, conv)
+    return cheapest_form(weight.numel(), size, input.device.type, True) is Form.APART
 
 
-def _in_best_form(
-    input: Tensor, conv: Convolution, norm: BatchNorm, dtype: torch.dtype, promotes: bool
-) -> Tensor | None:
-    """Fused in the form that suits the call, or in Eval mode's two steps where those are better."""
+def _in_best_form(input: Tensor, conv: Convolution, norm: BatchNorm, dtype: torch.dtype) -> Tensor | None:
+    """Fused in the form that suits the call; None where Eval mode's two steps are better."""
     if _is_compiled(input):  # compilers recompute what is cheap, whatever the sizes
-        return _formula(input, conv, norm, two_steps=is_half(dtype))
-    weight_size, output_size = conv.weight.numel(), _output_size(input, conv)
-    scale_on_output = is_half(dtype) or weight_size > output_size
+        return None if is_half(dtype) else _formula(input, conv, norm)
+    size = output_size(input, conv.weight, conv)
     if _is_transformed() or not _wants_gradient(input, conv, norm):
-        return _formula(input, conv, norm, two_steps=scale_on_output)
-    two_steps = weight_size > _WEIGHT_PER_SAVED_OUTPUT * output_size or (
-        _eval_mode_saves_the_output_alone(input, conv, norm)
-        and output_size * dtype.itemsize <= _saved_for_gamma(input, conv)
-    )
-    if two_steps:
-        # `F.batch_norm` saves its input, which a batch norm made of plain operations with buffers need not.
-        return None if promotes else _formula(input, conv, norm, two_steps)
-    return fused_convolution(input.to(dtype), conv, norm, scale_on_output)
+        return None if is_half(dtype) or conv.weight.numel() > size else _formula(input, conv, norm)
+    gamma_trains = norm.weight is not None and norm.weight.requires_grad
+    form = cheapest_form(conv.weight.numel(), size, input.device.type, gamma_trains)
+    if form is Form.APART or (
+        gamma_trains
+        and _eval_mode_saves_the_output_alone(input, conv)
+        and size * dtype.itemsize <= _saved_for_gamma(input, conv)
+    ):
+        return None
+    if input.dtype != dtype:
+        input = input.to(dtype)
+    return fused_convolution(input, conv, norm, form is Form.SCALED or is_half(dtype))
 
 
-def _formula(input: Tensor, conv: Convolution, norm: BatchNorm, two_steps: bool) -> Tensor:
-    """Eval mode's two steps, or the folded convolution as plain operations."""
-    if two_steps:
-        return batch_norm(norm, convolution(conv, input))
-    weight, bias = fold(conv, norm)
-    return convolution(conv._replace(weight=weight, bias=bias), input)
+def _formula(input: Tensor, conv: Convolution, norm: BatchNorm) -> Tensor:
+    """The folded convolution as plain operations."""
+    return convolution(Convolution(conv.op, *fold(conv, norm), *conv[3:]), input)
 
 
 def _is_compiled(input: Tensor) -> bool:
@@ -169,10 +180,12 @@ def _is_transformed() -> bool:
 
 
 def _wants_gradient(input: Tensor, conv: Convolution, norm: BatchNorm) -> bool:
-    return torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad
-        for tensor in (input, conv.weight, conv.bias, norm.weight, norm.bias)
-    )
+    if not torch.is_grad_enabled():
+        return False
+    for tensor in (conv.weight, input, norm.weight, norm.bias, conv.bias):
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
 
 
 def _saved_for_gamma(input: Tensor, conv: Convolution) -> int:
@@ -186,49 +199,45 @@ def _saved_for_gamma(input: Tensor, conv: Convolution) -> int:
     return size
 
 
-def _eval_mode_saves_the_output_alone(input: Tensor, conv: Convolution, norm: BatchNorm) -> bool:
-    """Whether Eval mode would save the convolution's output and not its input: gamma trains and little else does."""
+def _eval_mode_saves_the_output_alone(input: Tensor, conv: Convolution) -> bool:
+    """Whether Eval mode would save the convolution's output, for gamma, and not its input: little else trains."""
     others = (conv.weight,) if conv.op == "linear" else (input, conv.weight, conv.bias)
-    return (
-        norm.weight is not None
-        and norm.weight.requires_grad
-        and not any(tensor is not None and tensor.requires_grad for tensor in others)
-    )
+    return not any(tensor is not None and tensor.requires_grad for tensor in others)
 
 
 def _are_ordinary(
     input: Tensor, conv: Convolution, norm: BatchNorm, dtype: torch.dtype, promotes: bool
 ) -> bool:
     """Whether types, dtypes and shapes are such that Eval mode works and the fused form is known to equal it."""
-    vectors = [vector for vector in norm[:4] if vector is not None]
-    tensors = [tensor for tensor in (input, conv.weight, conv.bias, *vectors) if tensor is not None]
     statistics_dtype = norm.running_var.dtype
-    channels = (output_channels(conv),)
-    return (
-        all(_is_plain(tensor) for tensor in tensors)
-        and all(vector.dtype == statistics_dtype and vector.shape == channels for vector in vectors)
-        and (conv.bias is None or conv.bias.shape == channels)
-        and (statistics_dtype == dtype or (is_half(dtype) and statistics_dtype == torch.float32))
-        and not (promotes and is_half(dtype))
-        and not (norm.running_mean.requires_grad or norm.running_var.requires_grad)
-        and input.numel() > 0
-    )
+    if dtype not in _FUSED or statistics_dtype not in _FUSED[dtype] or (promotes and is_half(dtype)):
+        return False
+    if not (_is_plain(input) and _is_plain(conv.weight) and input.numel()):
+        return False
+    shape = (output_channels(conv),)
+    if conv.bias is not None and not (_is_plain(conv.bias) and conv.bias.shape == shape):
+        return False
+    for vector in norm[:4]:
+        if vector is not None and not (
+            vector.dtype == statistics_dtype and vector.shape == shape and _is_plain(vector)
+        ):
+            return False
+    return not (norm.running_mean.requires_grad or norm.running_var.requires_grad)
+
+
+# The dtypes that convolutions are fused in, and those of the statistics beside each.
+_FUSED: Final = {
+    torch.float64: (torch.float64,),
+    torch.float32: (torch.float32,),
+    torch.float16: (torch.float16, torch.float32),
+    torch.bfloat16: (torch.bfloat16, torch.float32),
+}
+
+
+_PLAIN: Final = frozenset({Tensor, nn.Parameter})
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether the tensor is a dense floating-point one, of a class that gives no function a meaning of its own."""
-    return (
-        (type(tensor) in (Tensor, nn.Parameter) or isinstance(tensor, (FakeTensor, FunctionalTensor)))
-        and tensor.is_floating_point()
-        and tensor.layout is torch.strided
-    )
-
-
-def _output_size(input: Tensor, conv: Convolution) -> int:
-    """Number of elements of the convolution's output."""
-    size = input.shape[0] * output_channels(conv)
-    if conv.op == "linear":
-        return size
-    kernel_size = conv.weight.shape[2:]
-    spatial = Geometry.of(conv, kernel_size).output_size(input.shape[2:], kernel_size, conv.transposed)
-    return size * math.prod(spatial)
+    """Whether the tensor is a dense one, of a class that gives no function a meaning of its own."""
+    known = type(tensor) in _PLAIN or isinstance(tensor, (FakeTensor, FunctionalTensor))
+    return known and tensor.layout is torch.strided

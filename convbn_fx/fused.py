@@ -1,11 +1,7 @@
 """The fused convolution's autograd: it saves its input alone.
 
-With `dW'` and `db'` the gradients of the bare convolution with the fused parameters,
-
-    dW = scale dW',   db = scale db',   dbeta = db',   dgamma = (<dW', W> + db' (b - mu)) / sqrt(var + eps),
-
-so that of activation size the input is all that is saved, and that only if W or gamma wants a gradient. The fused
-weight is computed again in the backward pass.
+Of activation size the input is all that is saved, and that only if W or gamma wants a gradient. The fused weight is
+computed again in the backward pass.
 
 The scale can go to either side of the convolution, and the gradients need no more than the input either way. Where the
 output is the larger of the two it goes to the weight. Where the weight is, it stays on the output; and so it does in
@@ -19,24 +15,27 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from convbn_fx.arithmetic import (
-    along_output_channels,
+    at_least_float32,
     batch_norm,
-    centred,
     convolution,
-    fold,
     inverse_deviation,
     is_half,
+    plus_centred,
     products,
     scale_of,
     scaled,
 )
 from convbn_fx.autocast import without_autocast
+from convbn_fx.folding import folding
 from convbn_fx.geometry import Geometry
 from convbn_fx.operands import BatchNorm, Convolution
 
 # A scale on the output has to be divided out of gamma's gradient. Down to this size it is; below, this constant stands
 # on the output in its place and what is missing on the weight, so that gamma may be tiny or 0.
 _SMALLEST_DIVISOR: Final = 2.0**-7
+
+
+_CONVOLUTION_BACKWARD: Final = torch.ops.aten.convolution_backward.default
 
 
 class _Wanted(NamedTuple):
@@ -62,16 +61,7 @@ def fused_convolution(input: Tensor, conv: Convolution, norm: BatchNorm, scale_o
         The normalised tensor, of shape (N, C_out, ...), in the dtype of `input`.
     """
     output: Tensor = _FusedConvolution.apply(
-        input,
-        conv.weight,
-        conv.bias,
-        norm.weight,
-        norm.bias,
-        norm.running_mean,
-        norm.running_var,
-        norm.eps,
-        conv._replace(weight=None, bias=None),
-        scale_on_output,
+        input, conv.weight, conv.bias, norm.weight, norm.bias, conv, norm, scale_on_output
     )
     return output
 
@@ -87,10 +77,8 @@ class _FusedConvolution(torch.autograd.Function):
         bias: Tensor | None,
         gamma: Tensor | None,
         beta: Tensor | None,
-        running_mean: Tensor,
-        running_var: Tensor,
-        eps: float,
         conv: Convolution,
+        norm: BatchNorm,
         scale_on_output: bool,
     ) -> Tensor:
         wanted = _Wanted(*ctx.needs_input_grad[:5])
@@ -99,77 +87,83 @@ class _FusedConvolution(torch.autograd.Function):
             weight if wanted.input or wanted.gamma else None,
             bias if wanted.gamma else None,
             gamma,
-            running_mean if wanted.gamma else None,
-            running_var,
+            norm.running_mean,
+            norm.running_var,
         )
-        ctx.conv, ctx.eps, ctx.scale_on_output = conv, eps, scale_on_output
+        ctx.conv = Convolution(conv.op, None, None, *conv[3:])
+        ctx.eps, ctx.scale_on_output = norm.eps, scale_on_output
         ctx.input_shape, ctx.input_dtype, ctx.weight_shape = input.shape, input.dtype, weight.shape
-        ctx.parameter_dtypes = [
-            None if tensor is None else tensor.dtype for tensor in (weight, bias, gamma, beta)
-        ]
-        norm = BatchNorm(running_mean, running_var, gamma, beta, eps)
         with without_autocast(input.device.type):
             if scale_on_output:
+                ctx.parameter_dtypes = [
+                    None if tensor is None else tensor.dtype for tensor in (weight, bias, gamma, beta)
+                ]
                 conv = conv._replace(weight=_to(input.dtype, weight), bias=_to(input.dtype, bias))
                 return batch_norm(norm, convolution(conv, input))
-            weight, bias = fold(conv._replace(weight=weight, bias=bias), norm)
-            return convolution(conv._replace(weight=weight, bias=bias), input)
+            return convolution(Convolution(conv.op, *folding(conv, norm).parameters(), *conv[3:]), input)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = _gradients_of_scaled if ctx.scale_on_output else _gradients_of_folded
         with without_autocast(grad_output.device.type):
-            gradients = _gradients(ctx, grad_output)
-        return (*gradients, None, None, None, None, None)
+            return (*gradients(ctx, grad_output), None, None, None)
 
 
-def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients with respect to input, weight, bias, gamma and beta."""
+def _gradients_of_folded(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of input, weight, bias, gamma and beta, where the scale went to the weight."""
+    wanted = _Wanted(*ctx.needs_input_grad[:5])
+    input, weight, bias, gamma, running_mean, running_var = ctx.saved_tensors
+    conv = Convolution(ctx.conv.op, weight, bias, *ctx.conv[3:])
+    norm = BatchNorm(running_mean, running_var, gamma, None, ctx.eps)
+    fold = folding(conv, norm)
+    fused_weight = fold.weight() if wanted.input else None
+    grad_input, grad_weight = _convolution_backward(ctx, grad_output, input, fused_weight)
+    grad_shift = _sum_over_positions(grad_output) if wanted.bias or wanted.gamma or wanted.beta else None
+    gradients = fold.gradients(
+        grad_weight, grad_shift, fused_weight, wanted.weight, wanted.bias, wanted.gamma
+    )
+    return grad_input, *gradients, grad_shift if wanted.beta else None
+
+
+def _gradients_of_scaled(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of input, weight, bias, gamma and beta, where the scale stayed on the output."""
     wanted = _Wanted(*ctx.needs_input_grad[:5])
     conv: Convolution = ctx.conv
     input, weight, bias, gamma, running_mean, running_var = ctx.saved_tensors
     # As the convolution saw them:
     weight, bias = _to(ctx.input_dtype, weight), _to(ctx.input_dtype, bias)
-    norm = BatchNorm(running_mean, running_var, gamma, None, ctx.eps)
     inverse = inverse_deviation(running_var, ctx.eps)
     scale = scale_of(gamma, inverse)
-    # With the scale on the output, gamma's gradient comes out of the weight's, if that is computed anyway.
-    from_weight = wanted.gamma and (wanted.weight or not ctx.scale_on_output)
-    output_scale, weight_scale = _sides(scale, ctx.scale_on_output, from_weight)
-
-    grad_convolution = grad_output if output_scale is None else _on_channels(grad_output, output_scale)
-    fused_weight = _on_weight(weight, weight_scale, conv) if wanted.input else None
+    from_weight = wanted.gamma and wanted.weight  # then gamma's gradient comes out of the weight's
+    output_scale, weight_scale = _sides(scale) if from_weight else (scale, None)
+    fused_weight = weight if weight_scale is None or weight is None else scaled(weight, weight_scale, conv)
     grad_input, grad_weight = _convolution_backward(
-        ctx, grad_convolution, input if wanted.weight or from_weight else None, fused_weight
+        ctx,
+        _on_channels(grad_output, output_scale),
+        input if wanted.weight else None,
+        fused_weight if wanted.input else None,
     )
-
     grad_shift: Any = None
-    grad_bias = grad_gamma = grad_beta = None
+    grad_bias = grad_gamma = None
     if wanted.bias or wanted.beta or from_weight:
         grad_shift = _sum_over_positions(grad_output)
         grad_bias = scale * grad_shift if wanted.bias else None
-        grad_beta = grad_shift if wanted.beta else None
     if from_weight:
-        per_scale = products(_at_least_float32(grad_weight), _at_least_float32(weight), conv)
-        if output_scale is not None:
-            per_scale = per_scale / output_scale
-        grad_gamma = (per_scale + grad_shift * centred(bias, running_mean)) * inverse
+        per_scale = products(at_least_float32(grad_weight), at_least_float32(weight), conv) / output_scale
+        grad_gamma = plus_centred(per_scale, grad_shift, bias, running_mean) * inverse
     if wanted.gamma and (not from_weight or (is_half(ctx.input_dtype) and _overflowed(grad_gamma))):
+        norm = BatchNorm(running_mean, running_var, gamma, None, ctx.eps)
         grad_gamma = _gradient_of_gamma(conv._replace(weight=weight, bias=bias), norm, input, grad_output)
-    if wanted.weight:
-        nobody_else_sees_it = not torch.is_grad_enabled()
-        grad_weight = _on_weight(grad_weight, weight_scale, conv, in_place=nobody_else_sees_it)
-    gradients = (grad_weight if wanted.weight else None, grad_bias, grad_gamma, grad_beta)
+    if grad_weight is not None and weight_scale is not None:
+        grad_weight = scaled(grad_weight, weight_scale, conv)
+    gradients = (grad_weight, grad_bias, grad_gamma, grad_shift if wanted.beta else None)
     return grad_input, *(
         _to(dtype, gradient) for gradient, dtype in zip(gradients, ctx.parameter_dtypes, strict=True)
     )
 
 
-def _sides(scale: Tensor, scale_on_output: bool, divides: bool) -> tuple[Tensor | None, Tensor | None]:
-    """The scale as the product of one on the output and one on the weight; None stands for ones."""
-    if not scale_on_output:
-        return None, scale
-    if not divides:
-        return scale, None
+def _sides(scale: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The scale as the product of one on the output, to divide by, and one on the weight; None stands for ones."""
     tiny = scale.detach().abs() < _SMALLEST_DIVISOR
     if _is_known(scale) and not tiny.any():
         return scale, None
@@ -179,7 +173,7 @@ def _sides(scale: Tensor, scale_on_output: bool, divides: bool) -> tuple[Tensor 
 
 def _gradient_of_gamma(conv: Convolution, norm: BatchNorm, input: Tensor, grad_output: Tensor) -> Tensor:
     """Eval mode's gradient of gamma, from the convolution's output computed again."""
-    output = _at_least_float32(convolution(conv, input))
+    output = at_least_float32(convolution(conv, input))
     mean = norm.running_mean.detach().to(output.dtype).view(-1, *[1] * (output.ndim - 2))
     return _sum_over_positions(grad_output * (output - mean)) * inverse_deviation(norm.running_var, norm.eps)
 
@@ -205,19 +199,13 @@ def _on_channels(grad_output: Tensor, scale: Tensor) -> Tensor:
     return (grad_output * per_channel.view(-1, *[1] * (grad_output.ndim - 2))).to(grad_output.dtype)
 
 
-def _on_weight(weight: Tensor, scale: Tensor | None, conv: Convolution, in_place: bool = False) -> Tensor:
-    """A weight, or its gradient, with each output channel multiplied by its element of `scale`."""
-    if scale is None:
-        return weight
-    if in_place and not is_half(weight.dtype):
-        return weight.mul_(along_output_channels(scale, weight, conv))
-    return scaled(weight, scale, conv)
-
-
 def _convolution_backward(
     ctx: Any, grad_output: Tensor, input: Tensor | None, weight: Tensor | None
 ) -> tuple[Any, Any]:  # Tensor or None each, as ctx.needs_input_grad has it
-    """Gradients of a bare convolution: of its input if `weight` is given, of its weight if `input` is."""
+    """Gradients of a bare convolution: of its input if `weight` is given, of its weight if `input` is.
+
+    Not of its bias: the sums that backends make of it are four times as far off as Eval mode's.
+    """
     conv: Convolution = ctx.conv
     wants_input, wants_weight = weight is not None, input is not None
     if conv.op == "linear":
@@ -226,13 +214,12 @@ def _convolution_backward(
     if not (wants_input or wants_weight):
         return None, None
     # Of an operand that no wanted gradient reads, only the shape counts.
-    nothing = grad_output.new_empty(())
-    input = nothing.expand(ctx.input_shape) if input is None else input
-    weight = nothing.expand(ctx.weight_shape) if weight is None else weight
-    geometry = Geometry.of(conv, ctx.weight_shape[2:])
-    if any(geometry.uneven):
-        input = F.pad(input, [pad for extra in reversed(geometry.uneven) for pad in (0, extra)])
-    grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
+    input = grad_output.new_empty(()).expand(ctx.input_shape) if input is None else input
+    weight = grad_output.new_empty(()).expand(ctx.weight_shape) if weight is None else weight
+    geometry = Geometry.of(conv, ctx.weight_shape)
+    if geometry.padding_right is not None:
+        input = F.pad(input, [pad for extra in reversed(geometry.padding_right) for pad in (0, extra)])
+    grad_input, grad_weight, _ = _CONVOLUTION_BACKWARD(
         grad_output,
         input,
         weight,
@@ -245,7 +232,7 @@ def _convolution_backward(
         conv.groups,
         [wants_input, wants_weight, False],
     )
-    if wants_input and any(geometry.uneven):
+    if wants_input and geometry.padding_right is not None:
         for dimension, size in enumerate(ctx.input_shape[2:], start=2):
             grad_input = grad_input.narrow(dimension, 0, size)
     return grad_input, grad_weight
@@ -253,12 +240,12 @@ def _convolution_backward(
 
 def _sum_over_positions(grad_output: Tensor) -> Tensor:
     """The gradient of the shift: shape (C_out,), in float32 at least."""
-    dtype = torch.promote_types(grad_output.dtype, torch.float32)
-    return grad_output.sum([0, *range(2, grad_output.ndim)], dtype=dtype)
+    dtype = torch.float32 if is_half(grad_output.dtype) else None
+    return grad_output.sum(_POSITIONS[: grad_output.ndim - 1], dtype=dtype)
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+# The dimensions of a batch of up to three spatial ones, but that of the channels.
+_POSITIONS: Final = (0, 2, 3, 4)
 
 
 def _to(dtype: torch.dtype | None, tensor: Any) -> Any:

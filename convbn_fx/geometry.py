@@ -1,62 +1,123 @@
 """Where a convolution's kernel goes, as numbers per spatial dimension, whichever way it was written."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache, wraps
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor
 
 from convbn_fx.operands import Convolution
+
+Result = TypeVar("Result")
 
 
 class Geometry(NamedTuple):
     """Strides and paddings of a convolution, one number per spatial dimension.
 
-    `padding_right` differs from `padding` where `"same"` cannot be symmetric: the kernel reaches an even way.
+    `padding_right` is how much more is padded on the right than on the left: None but where `"same"` cannot be
+    symmetric, because the kernel reaches an even way.
     """
 
-    stride: list[int]
-    padding: list[int]
-    padding_right: list[int]
-    dilation: list[int]
-    output_padding: list[int]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    padding_right: tuple[int, ...] | None
+    dilation: tuple[int, ...]
+    output_padding: tuple[int, ...]
 
     @classmethod
-    def of(cls, conv: Convolution, kernel_size: Sequence[int]) -> "Geometry":
-        """The geometry of a convolution (not a linear layer) with a kernel of that size."""
-        dimensions = len(kernel_size)
-        dilation = _per_dimension(conv.dilation, dimensions)
-        if conv.padding == "same":
-            total = [step * (size - 1) for step, size in zip(dilation, kernel_size, strict=True)]
-            padding = [pad // 2 for pad in total]
-            padding_right = [pad - pad // 2 for pad in total]
-        else:
-            padding = _per_dimension(0 if conv.padding == "valid" else conv.padding, dimensions)
-            padding_right = padding
-        stride = _per_dimension(conv.stride, dimensions)
-        output_padding = _per_dimension(conv.output_padding, dimensions)
-        return cls(stride, padding, padding_right, dilation, output_padding)
-
-    @property
-    def uneven(self) -> list[int]:
-        """How much more is padded on the right than on the left."""
-        return [right - left for left, right in zip(self.padding, self.padding_right, strict=True)]
-
-    def output_size(
-        self, input_size: Sequence[int], kernel_size: Sequence[int], transposed: bool
-    ) -> list[int]:
-        """Spatial sizes of the output, by the formulas of torch.nn's convolutions."""
-        sizes = []
-        for size, kernel, stride, left, right, dilation, extra in zip(
-            input_size, kernel_size, *self, strict=True
-        ):
-            reach = dilation * (kernel - 1)
-            if transposed:
-                sizes.append((size - 1) * stride - left - right + reach + extra + 1)
-            else:
-                sizes.append(
-                    (size + left + right - reach - 1) // max(stride, 1) + 1
-                )  # a stride of 0 is for the convolution to refuse
-        return sizes
+    def of(cls, conv: Convolution, weight_shape: Sequence[int]) -> "Geometry":
+        """The geometry of a convolution (not a linear layer) whose weight has that shape."""
+        return _geometry(weight_shape, conv.stride, conv.padding, conv.dilation, conv.output_padding)
 
 
-def _per_dimension(value: Any, dimensions: int) -> list[int]:
-    values = list(value) if isinstance(value, Sequence) else [int(value)]
+def output_size(input: Tensor, weight: Tensor, conv: Any) -> int:
+    """Number of elements of the output of a convolution, or of a linear layer with inputs of two dimensions.
+
+    Args:
+        input: Its batched input.
+        weight: Its weight.
+        conv: Its other operands, or a module of torch.nn, which has attributes of the same names.
+
+    Returns:
+        The number, by the formulas of torch.nn's convolutions.
+    """
+    return _output_size(
+        input.shape,
+        weight.shape,
+        conv.transposed,
+        conv.groups,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.output_padding,
+    )
+
+
+def _remembered(function: Callable[..., Result]) -> Callable[..., Result]:
+    """The function, which keeps its last results: shapes come again at every call."""
+    known = lru_cache(maxsize=4096)(function)
+
+    @wraps(function)
+    def remembered(*args: Any) -> Result:
+        try:
+            return known(*args)
+        except TypeError:  # lists and symbolic sizes have no hash
+            return function(*args)
+
+    return remembered
+
+
+@_remembered
+def _geometry(
+    weight_shape: Sequence[int], stride: Any, padding: Any, dilation: Any, output_padding: Any
+) -> Geometry:
+    dimensions = len(weight_shape) - 2
+    dilation = _per_dimension(dilation, dimensions)
+    padding_right = None
+    if padding == "same":
+        total = [step * (size - 1) for step, size in zip(dilation, weight_shape[2:], strict=True)]
+        padding = tuple(pad // 2 for pad in total)
+        if any(pad % 2 for pad in total):
+            padding_right = tuple(pad % 2 for pad in total)
+    else:
+        padding = _per_dimension(0 if padding == "valid" else padding, dimensions)
+    stride, output_padding = _per_dimension(stride, dimensions), _per_dimension(output_padding, dimensions)
+    return Geometry(stride, padding, padding_right, dilation, output_padding)
+
+
+@_remembered
+def _output_size(
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    transposed: bool,
+    groups: int,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    output_padding: Any,
+) -> int:
+    channels: int = weight_shape[1] * groups if transposed else weight_shape[0]
+    geometry = _geometry(weight_shape, stride, padding, dilation, output_padding)
+    spatial: list[int] = []
+    for size, kernel, step, pad, pad_right, spacing, extra in zip(
+        input_shape[2:],
+        weight_shape[2:],
+        geometry.stride,
+        geometry.padding,
+        geometry.padding_right or (0,) * len(geometry.padding),
+        geometry.dilation,
+        geometry.output_padding,
+        strict=True,
+    ):
+        reach = spacing * (kernel - 1)
+        if transposed:
+            spatial.append((size - 1) * step - 2 * pad + reach + extra + 1)
+        else:  # a stride of 0 is for the convolution to refuse
+            spatial.append((size + 2 * pad + pad_right - reach - 1) // max(step, 1) + 1)
+    return input_shape[0] * channels * math.prod(spatial)
+
+
+def _per_dimension(value: Any, dimensions: int) -> tuple[int, ...]:
+    values = tuple(value) if isinstance(value, Sequence) else (int(value),)
     return values * dimensions if len(values) == 1 else values

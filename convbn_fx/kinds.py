@@ -90,7 +90,12 @@ class BatchNormKind:
 
     def has_statistics(self, module: nn.Module) -> bool:
         """Whether the module has running statistics to normalise by in Eval mode."""
-        return all(getattr(module, name) is not None for name in self.statistics)
+        # At every call of every pair: most often they are buffers, and no generator is needed to see it.
+        buffers = module._buffers
+        known = [name for name in self.statistics if buffers.get(name) is not None]
+        return len(known) == len(self.statistics) or all(
+            getattr(module, name) is not None for name in self.statistics
+        )
 
     def accepts(self, rank: int) -> bool:
         """Whether an input of `rank` dimensions is one that the forward accepts."""
@@ -240,14 +245,17 @@ def batch_norm_kind(module: nn.Module) -> BatchNormKind | None:
 
 def _row_of(module: nn.Module, table: dict[type[nn.Module], Row | None]) -> Row | None:
     cls = class_of(module)
-    if cls not in table:
-        table[cls] = _row_by_name(cls, table) or _inherited_row(cls, table)
-    row = table[cls]
+    try:
+        row = table[cls]
+    except KeyError:
+        row = table[cls] = _row_by_name(cls, table) or _inherited_row(cls, table)
     if row is None:
         return None
     attributes = vars(module)
-    untouched = all(name not in attributes and getattr(cls, name) is method for name, method in row.methods)
-    return row if untouched else None
+    for name, method in row.methods:  # at every call of every pair: no generator
+        if name in attributes or getattr(cls, name) is not method:
+            return None
+    return row
 
 
 def _row_by_name(cls: type[nn.Module], table: dict[type[nn.Module], Row | None]) -> Row | None:

@@ -50,8 +50,9 @@ def conv_module(op: str) -> Callable[..., tuple[Tensor, Convolution]]:
         if module.padding_mode != "zeros":
             input = F.pad(input, module._reversed_padding_repeated_twice, mode=module.padding_mode)
             padding = 0
+        weight, bias = _weight_and_bias(module)
         return input, Convolution(
-            op, module.weight, module.bias, module.stride, padding, module.dilation, groups=module.groups
+            op, weight, bias, module.stride, padding, module.dilation, False, 0, module.groups
         )
 
     return operands
@@ -74,8 +75,7 @@ def conv_transpose_module(op: str, spatial_rank: int) -> Callable[..., tuple[Ten
         )
         return input, Convolution(
             op,
-            module.weight,
-            module.bias,
+            *_weight_and_bias(module),
             module.stride,
             module.padding,
             module.dilation,
@@ -89,12 +89,26 @@ def conv_transpose_module(op: str, spatial_rank: int) -> Callable[..., tuple[Ten
 
 def linear_module(module: Any, input: Tensor) -> tuple[Tensor, Convolution]:
     """Reads `nn.Linear`."""
-    return input, Convolution("linear", module.weight, module.bias)
+    return input, Convolution("linear", *_weight_and_bias(module))
 
 
 def batch_norm_module(module: Any) -> BatchNorm:
     """Reads torch.nn's batch norms."""
-    return BatchNorm(module.running_mean, module.running_var, module.weight, module.bias, module.eps)
+    buffers = module._buffers
+    try:
+        mean, variance = buffers["running_mean"], buffers["running_var"]
+    except KeyError:
+        mean, variance = module.running_mean, module.running_var
+    return BatchNorm(mean, variance, *_weight_and_bias(module), module.eps)
+
+
+def _weight_and_bias(module: Any) -> tuple[Any, Any]:
+    """Reads them where they most often are, because the way over `nn.Module.__getattr__` is ten times as long."""
+    parameters = module._parameters
+    try:
+        return parameters["weight"], parameters["bias"]
+    except KeyError:  # parametrised, for example
+        return module.weight, module.bias
 
 
 # --- How functions are called: these signatures are those of the functions ----------------------------------------

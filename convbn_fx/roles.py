@@ -16,7 +16,6 @@ from torch.nn.utils import parametrize
 
 from convbn_fx import kinds
 from convbn_fx.deferral import Scope, defer, settled, waiting_in
-from convbn_fx.functional import finished
 
 #: Attributes of tuned modules, in their `__dict__`.
 PAIRING: Final = "_convbn_fx_pairing"
@@ -31,9 +30,12 @@ def _convolution_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return original(self, *args, **kwargs)
-        pairing, kind = vars(self).get(PAIRING), kinds.convolution_kind(self)
+        pairing = vars(self).get(PAIRING)
+        if pairing is not None and len(args) == 1 and not kwargs and pairing.are_cheaper_apart(self, *args):
+            return original(self, *args)
+        kind = kinds.convolution_kind(self)
         if pairing is not None and kind is not None and pairing.allows():
-            args, kwargs = settled(args), settled(kwargs)
+            args, kwargs = settled(args), settled(kwargs) if kwargs else kwargs
             deferred = defer(*kind.operands(self, *args, **kwargs), pairing)
             if deferred is not None:
                 return deferred
@@ -50,7 +52,7 @@ def _batch_norm_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         for value in (*args, *kwargs.values()):
             waiting = waiting_in(value)
             if waiting is not None and (normalised := waiting.taken_by(self)) is not None:
-                return finished(self, normalised)
+                return normalised
         return original(self, *settled(args), **settled(kwargs))
 
     return forward

@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from convbn_fx import kinds
-from convbn_fx.arithmetic import fold, inverse_deviation, output_channels, scale_of
+from convbn_fx.arithmetic import inverse_deviation, output_channels, scale_of
+from convbn_fx.folding import fold
 from convbn_fx.operands import BatchNorm, Convolution
 
 LARGEST: Final = torch.finfo(torch.float16).max

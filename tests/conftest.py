@@ -1,13 +1,20 @@
 """How all tests run: one thread, one seed, and a hypothesis profile named by HYPOTHESIS_PROFILE."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import Phase, settings
 
+from convbn_fx import costs
+
 # On tensors as small as the tests', a second thread only waits; and two runs of one test give the same bits.
 torch.set_num_threads(1)
+
+# Small outputs run apart, to save time; the tests' are small in order that every form of a pair runs in each of them.
+_SHIPPED = costs.COSTS["cpu"]
+costs.COSTS["cpu"] = replace(_SHIPPED, fixed=0)
 
 # No deadlines: the first examples pay for torch's lazy imports. No explanations: they trace every line of PyTorch's
 # Python, which takes minutes.
@@ -29,3 +36,9 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def real_costs(monkeypatch):
+    """The rule as users have it."""
+    monkeypatch.setitem(costs.COSTS, "cpu", _SHIPPED)

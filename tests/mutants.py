@@ -8,6 +8,7 @@ import ast
 import importlib
 import inspect
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -32,10 +33,11 @@ class Mutant:
 
     def install(self, monkeypatch):
         """Puts the wrong function in the place of the right one, in every file that imported it."""
-        file, name = self.function.split(".")
+        file, *owner, name = self.function.split(".")
         module = importlib.import_module(f"convbn_fx.{file}")
-        right = getattr(module, name)
-        tree = ast.parse(inspect.getsource(right))
+        scope = getattr(module, *owner) if owner else module
+        right = getattr(scope, name)
+        tree = ast.parse(textwrap.dedent(inspect.getsource(right)))
         (definition,) = tree.body
         if ast.get_docstring(definition) is not None:
             del definition.body[0]
@@ -44,39 +46,44 @@ class Mutant:
             raise LookupError(f"mutant {self.name!r}: {self.old!r} is not once in {self.function}:\n{source}")
         made = {}
         exec(source.replace(self.old, self.new), vars(module), made)
+        if owner:
+            monkeypatch.setattr(scope, name, made[name])
+            return
         for importer in [module for path, module in sys.modules.items() if path.startswith("convbn_fx.")]:
             if getattr(importer, name, None) is right:
                 monkeypatch.setattr(importer, name, made[name])
 
 
 MUTANTS = [
-    Mutant("mean ignored", "arithmetic.centred", "_precise(running_mean)", "0 * _precise(running_mean)"),
+    Mutant("mean ignored", "arithmetic.plus_centred", "at_least_float32(running_mean)", "0 * running_mean"),
     Mutant(
         "variance ignored",
         "arithmetic.inverse_deviation",
-        "_precise(running_var)",
-        "_precise(running_var) ** 0",
+        "at_least_float32(running_var)",
+        "at_least_float32(running_var) ** 0",
     ),
     Mutant("eps 0", "arithmetic.inverse_deviation", "+ eps", "+ 0"),
     Mutant("no square root", "arithmetic.inverse_deviation", "rsqrt", "reciprocal"),
     Mutant("divided twice", "arithmetic.scale_of", "gamma *", "gamma * inverse_deviation *"),
     Mutant("gamma ignored", "arithmetic.scale_of", "gamma * inverse_deviation", "inverse_deviation"),
     Mutant("gamma detached", "arithmetic.scale_of", "gamma *", "gamma.detach() *"),
-    Mutant("beta ignored", "arithmetic.fold", "shift + norm.bias", "shift"),
-    Mutant("bias of the convolution dropped", "arithmetic.centred", "bias - mean", "-mean"),
-    Mutant("shift not scaled", "arithmetic.fold", "scale * centred", "centred"),
-    Mutant("weight not scaled", "arithmetic.fold", "scaled(conv.weight, scale, conv)", "conv.weight"),
+    Mutant("beta ignored", "folding.Folding.parameters", "norm.bias", "None"),
+    Mutant("bias of the convolution dropped", "folding.Folding.parameters", "conv.bias", "None"),
+    Mutant("mean added", "arithmetic.plus_centred", "value=-1", "value=1"),
+    Mutant("mean added to a bias", "arithmetic.plus_centred", "factor, bias - mean)", "factor, bias + mean)"),
+    Mutant("shift not scaled", "folding.Folding.parameters", "self.scale", "torch.ones_like(self.scale)"),
     Mutant(
-        "weight scaled twice",
-        "arithmetic.fold",
-        "scaled(conv.weight, scale,",
-        "scaled(conv.weight, scale ** 2,",
+        "weight not scaled",
+        "folding.Folding.weight",
+        "scaled(self.conv.weight, self.scale, self.conv)",
+        "self.conv.weight",
     ),
+    Mutant("weight scaled twice", "folding.Folding.weight", "self.scale", "self.scale ** 2"),
     Mutant(
         "input channels scaled",
         "arithmetic.along_output_channels",
-        "view(-1, 1, *ones)",
-        "view(1, -1, *ones)",
+        "view(-1, *[1] * (weight.ndim - 1))",
+        "view(1, -1, *[1] * (weight.ndim - 2))",
     ),
     Mutant(
         "input channels of a transposed convolution scaled",
@@ -90,41 +97,70 @@ MUTANTS = [
         "repeat_interleave(weight.shape[0] // conv.groups, dim=0)",
         "repeat(weight.shape[0] // conv.groups, 1)",
     ),
-    Mutant("products of the input channels", "arithmetic._output_channels_first", ".transpose(1, 2)", ""),
+    Mutant("products of the input channels", "arithmetic.products", "(1, *range(3,", "(2, *range(3,"),
+    Mutant(
+        "products of one group",
+        "arithmetic.products",
+        "by_group.sum(",
+        "by_group[:1].expand_as(by_group).sum(",
+    ),
     Mutant(
         "gradient of the input unscaled",
-        "fused._gradients",
-        "_on_weight(weight, weight_scale, conv)",
+        "fused._gradients_of_folded",
+        "fold.weight()",
         "weight",
     ),
     Mutant(
         "gradient of the weight unscaled",
-        "fused._gradients",
-        "_on_weight(grad_weight, weight_scale, conv, in_place=nobody_else_sees_it)",
-        "grad_weight",
+        "folding.Folding.gradients",
+        "grad_weight.mul_(along_output_channels(self.scale, grad_weight, self.conv))",
+        "grad_weight.mul_(1)",
     ),
-    Mutant("gradient of the bias unscaled", "fused._gradients", "scale * grad_shift", "grad_shift"),
-    Mutant("gradient of beta scaled", "fused._gradients", "= grad_shift if", "= scale * grad_shift if"),
+    Mutant(
+        "gradient of the bias unscaled", "folding.Folding.gradients", "self.scale * grad_shift", "grad_shift"
+    ),
+    Mutant("gradient of gamma undivided", "folding.Folding.gradients", "centred * self.inverse", "centred"),
     Mutant(
         "gradient of gamma without the mean",
-        "fused._gradients",
-        "centred(bias, running_mean)",
-        "centred(bias, 0 * running_mean)",
+        "folding.Folding.gradients",
+        "self.norm.running_mean",
+        "0 * self.norm.running_mean",
     ),
+    Mutant("gradient of gamma without the bias", "folding.Folding.gradients", "self.conv.bias", "None"),
     Mutant(
         "gradient of gamma without the shift",
-        "fused._gradients",
-        "per_scale + grad_shift *",
-        "per_scale + 0 *",
+        "folding.Folding.gradients",
+        "per_scale, grad_shift",
+        "per_scale, 0 * grad_shift",
     ),
-    Mutant("gradient of gamma undivided", "fused._gradients", "running_mean)) * inverse", "running_mean))"),
     Mutant(
-        "gradient of half precision unscaled",
+        "gradient of beta scaled", "fused._gradients_of_folded", "grad_shift if", "fold.scale * grad_shift if"
+    ),
+    Mutant(
+        "scaled: gradient of the bias unscaled",
+        "fused._gradients_of_scaled",
+        "scale * grad_shift",
+        "grad_shift",
+    ),
+    Mutant(
+        "scaled: gradient of gamma without the mean",
+        "fused._gradients_of_scaled",
+        "bias, running_mean)",
+        "bias, 0 * running_mean)",
+    ),
+    Mutant(
+        "scaled: gradient of gamma undivided",
+        "fused._gradients_of_scaled",
+        "running_mean) * inverse",
+        "running_mean)",
+    ),
+    Mutant(
+        "scaled: gradient of the output unscaled",
         "fused._on_channels",
         "grad_output * per_channel",
         "grad_output + 0 * per_channel",
     ),
-    Mutant("scale left in gamma's gradient", "fused._gradients", "per_scale / output_scale", "per_scale"),
+    Mutant("scaled: scale left in gamma's gradient", "fused._gradients_of_scaled", "/ output_scale", ""),
 ]
 
 

@@ -1,0 +1,126 @@
+"""Folding a batch norm into a convolution, and the way back for the gradients, as plain operations.
+
+With `dW'` and `db'` the gradients of the convolution with the fused parameters,
+
+    dW = scale dW',   db = scale db',   dbeta = db',   dgamma = (<dW', W> + db' (b - mu)) / sqrt(var + eps).
+"""
+
+import importlib
+from functools import cache
+from types import ModuleType
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from convbn_fx.arithmetic import (
+    along_output_channels,
+    inverse_deviation,
+    plus_centred,
+    products,
+    scale_of,
+    scaled,
+)
+from convbn_fx.operands import BatchNorm, Convolution
+
+
+def fold(conv: Convolution, norm: BatchNorm) -> tuple[Tensor, Tensor]:
+    """The parameters of the one convolution that equals a convolution and the batch norm after it.
+
+    `(scale W, beta + scale (b - mu))` with `scale = gamma / sqrt(var + eps)`, differentiable in every operand but the
+    statistics.
+
+    Args:
+        conv: The convolution; weight of shape (C_out, C_in / groups, ...), transposed (C_in, C_out / groups, ...).
+        norm: The batch norm with frozen statistics; vectors of shape (C_out,).
+
+    Returns:
+        The fused weight, shaped like `conv.weight`, and the fused bias, of shape (C_out,), in the dtype of
+        `conv.weight`.
+    """
+    weight, bias = Folding(conv, norm).parameters()
+    return weight, bias.to(weight.dtype)
+
+
+class Folding:
+    """A convolution and the batch norm after it, about to become one convolution; for CPU and any other device.
+
+    Args:
+        conv: The convolution.
+        norm: The batch norm with frozen statistics, in the same dtype.
+    """
+
+    def __init__(self, conv: Convolution, norm: BatchNorm) -> None:
+        self.conv, self.norm = conv, norm
+        self.inverse = inverse_deviation(norm.running_var, norm.eps)
+        self.scale = scale_of(norm.weight, self.inverse)
+
+    def parameters(self) -> tuple[Tensor, Tensor]:
+        """The fused weight and the fused bias."""
+        conv, norm = self.conv, self.norm
+        return self.weight(), plus_centred(norm.bias, self.scale, conv.bias, norm.running_mean)
+
+    def weight(self) -> Tensor:
+        """The fused weight alone."""
+        return scaled(self.conv.weight, self.scale, self.conv)
+
+    def gradients(
+        self, grad_weight: Any, grad_shift: Any, spare: Tensor | None, *wanted: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of the parameters out of those of the fused ones.
+
+        Args:
+            grad_weight: Gradient of the fused weight, which nobody else has: it may become the weight's, in place.
+            grad_shift: Gradient of the fused bias.
+            spare: A tensor like the weight whose values nobody needs any more.
+            wanted: Whether the gradients of weight, bias and gamma are wanted.
+
+        Returns:
+            These gradients.
+        """
+        wants_weight, wants_bias, wants_gamma = wanted
+        # Gradients that are to be differentiated again need their operands as they are.
+        in_place = not torch.is_grad_enabled()
+        grad_gamma = None
+        if wants_gamma:
+            out = spare if in_place and _is_eager(grad_weight) else None
+            per_scale = products(grad_weight, self.conv.weight, self.conv, out)
+            centred = plus_centred(per_scale, grad_shift, self.conv.bias, self.norm.running_mean)
+            grad_gamma = centred * self.inverse
+        if not wants_weight:
+            grad_weight = None
+        elif in_place:
+            grad_weight.mul_(along_output_channels(self.scale, grad_weight, self.conv))
+        else:
+            grad_weight = scaled(grad_weight, self.scale, self.conv)
+        return grad_weight, self.scale * grad_shift if wants_bias else None, grad_gamma
+
+
+def _is_eager(tensor: Tensor) -> bool:
+    """Whether operations on the tensor are just run: nobody traces or batches them, who would refuse `out=`."""
+    return (
+        type(tensor) is Tensor
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._functorch.is_batchedtensor(tensor)
+        and not torch._C._functorch.is_legacy_batchedtensor(tensor)
+    )
+
+
+def folding(conv: Convolution, norm: BatchNorm) -> Folding:
+    """The fastest folding of these operands; one to be differentiated again while gradients are recorded."""
+    if norm.running_var.is_cuda and type(conv.weight) in _PLAIN and not torch.is_grad_enabled():
+        kernels = _triton_kernels()
+        if kernels is not None and kernels.applies_to(conv, norm):
+            return kernels.KernelFolding(conv, norm)  # type: ignore[no-any-return]
+    return Folding(conv, norm)
+
+
+_PLAIN: Final = (Tensor, nn.Parameter)
+
+
+@cache
+def _triton_kernels() -> ModuleType | None:
+    try:
+        return importlib.import_module("convbn_fx.triton_kernels")
+    except ImportError:  # Triton is optional
+        return None
