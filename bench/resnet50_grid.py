@@ -1,7 +1,8 @@
 """Memory and time of ResNet-50 over batches and image sizes (the paper's table 6 and figure 3), and the small end.
 
 Memory of all sizes is counted, on tensors that hold no memory. Time is measured where a step fits the device and the
-patience: the small end with ResNet-18 and MobileNetV2 beside ResNet-50, and a batch of 16.
+patience: the small end with ResNet-18 and MobileNetV2 beside ResNet-50, and a batch of 16. There the profiler tells
+where it goes.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 from bench.contenders import COMPOSITE, DEPLOY, EVAL, TRAIN, TUNE, make
 from bench.markdown import megabytes, spread, table
 from bench.models import MODELS
+from bench.profiles import BETWEEN, PARTS, where_time_goes
 from bench.results import Options, Result
 from bench.steps import count, images, peak, times, training_step
 from bench.timing import ratio
@@ -39,6 +41,11 @@ TIMED: Final = (
     ("mobilenet_v2", 16, 224),
 )
 ON_CUDA: Final = tuple(("resnet50", batch, size) for batch, size in COUNTED)
+#: What is aimed at: Tune's time at most so many times the other's, at these batches and image sizes.
+AIMS: Final = {(1, 64): (EVAL, 1.03), (2, 224): (EVAL, 1.03), (16, 224): (DEPLOY, 1.03)}
+#: And its bytes at most so many times Deploy's from this batch on, where outputs outweigh weights; never above Eval's.
+AIM_BYTES: Final = 1.01
+OUTWEIGHED: Final = 4
 SMOKE: Final = (("resnet18", 2, 32),)  # in Train mode one value per channel is too few
 
 
@@ -75,7 +82,7 @@ def _row(name: str, batch: int, size: int, options: Options, timed: bool) -> dic
     shape = (batch, 3, size, size)
     row: dict[str, Any] = {"model": name, "batch": batch, "size": size}
     row["bytes"] = {contender: count(module, shape) for contender, module in contenders.items()}
-    row["seconds"] = row["peak"] = None
+    row["seconds"] = row["peak"] = row["profiles"] = None
     if timed:
         batch_of_images = images(shape, options.device)
         steps = {
@@ -85,6 +92,8 @@ def _row(name: str, batch: int, size: int, options: Options, timed: bool) -> dic
         row["seconds"] = times(steps, options.seconds if not options.smoke else 0.0, options.device)
         if options.device == "cuda":
             row["peak"] = {contender: peak(step) for contender, step in steps.items()}
+        else:
+            row["profiles"] = {name: where_time_goes(steps[name]) for name in (EVAL, TUNE, DEPLOY)}
     return row
 
 
@@ -116,6 +125,34 @@ def tables(result: Result) -> Iterator[str]:
             for row in timed
         ),
     )
+    yield table(("aim", "measured", "reached"), _aims(result))
+    profiled = [row for row in timed if row["profiles"]]
+    parts = [*(name for name, _ in PARTS), BETWEEN]
+    yield table(
+        ("ms of a step under the profiler", *parts),
+        (
+            (f"{_label(row)}, {name}", *(f"{1e3 * profile[part]:.1f}" for part in parts))
+            for row in profiled
+            for name, profile in row["profiles"].items()
+        ),
+    )
+
+
+def _aims(result: Result) -> Iterator[tuple[str, str, str]]:
+    for row in result.rows:
+        aim = AIMS.get((row["batch"], row["size"]))
+        if row["seconds"] and aim is not None:
+            other, most = aim
+            measured = ratio(row["seconds"][TUNE], row["seconds"][other])
+            text = f"time, {_label(row)}: at most {most} of {other}'s"
+            yield text, str(spread(measured)), "yes" if measured.median <= most else "no"
+    for row in result.rows:
+        if row["batch"] >= OUTWEIGHED:
+            of_deploy = row["bytes"][TUNE] / row["bytes"][DEPLOY]
+            text = f"bytes, {_label(row)}: at most {AIM_BYTES} of {DEPLOY}'s"
+            yield text, f"{of_deploy:.3f}", "yes" if of_deploy <= AIM_BYTES else "no"
+    of_eval = max(row["bytes"][TUNE] / row["bytes"][EVAL] for row in result.rows)
+    yield f"bytes, everywhere: at most {EVAL}'s", f"{of_eval:.3f} at most", "yes" if of_eval <= 1 else "no"
 
 
 def _label(row: Mapping[str, Any]) -> str:
