@@ -16,7 +16,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist w
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-all zoo zoo-structure gate gate-full lint types check bench bench-smoke clean
+.PHONY: help setup demo test test-slow test-all zoo zoo-structure gate gate-full lint types check docs bench bench-smoke clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
@@ -82,6 +82,17 @@ types: $(READY) ## Check the types
 	@$(BIN)/mypy
 
 check: lint types test ## Lint, types and fast tests: what must pass before a commit
+
+# Nobody needs it to use or to test the library, so it is installed when it is first built.
+DOCS_READY := $(VENV)/.ready-docs
+
+$(DOCS_READY): $(READY)
+	@$(PIP_INSTALL) --no-build-isolation --editable '.[docs]'
+	@touch $@
+
+docs: $(DOCS_READY) ## Build the documentation into build/site, where a warning is an error
+	@DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
+	@echo "To read it: $(BIN)/python -m http.server --directory build/site"
 
 BENCHMARKS := resnet50-grid classification detection adversarial pretraining alternatives coefficients theory costs
 
