@@ -43,9 +43,13 @@ def transform(graph_module: torch.fx.GraphModule, *, include_training: bool = Fa
 
     Example:
         ```python
-        model = torchvision.models.resnet50().eval()
+        import torch
+        import convbn_fx
+
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)).eval()
         gm = convbn_fx.transform(torch.fx.symbolic_trace(model))
-        print(convbn_fx.report(gm))
+        assert convbn_fx.report(gm).summary == "1 pair fused, 0 batch norms left"
+        torch.testing.assert_close(gm(x := torch.randn(2, 3, 8, 8)), model(x))
         ```
     """
     if not isinstance(graph_module, torch.fx.GraphModule):
@@ -119,8 +123,14 @@ def tune(
 
     Example:
         ```python
-        model = convbn_fx.tune(timm.create_model("resnet50", pretrained=True).eval())
-        print(convbn_fx.report(model))
+        import timm
+        import convbn_fx
+
+        model = timm.create_model("resnet18", pretrained=False).eval()
+        tuned = convbn_fx.tune(model)
+        print(convbn_fx.report(tuned))
+        assert len(convbn_fx.report(tuned).fused) == 20
+        assert isinstance(tuned, timm.models.ResNet) and tuned.conv1.weight is model.conv1.weight
         ```
     """
     names = selected(model, modules, "tune")
@@ -163,7 +173,14 @@ def deploy(model: Model, modules: Iterable[str] | None = None) -> Model:
 
     Example:
         ```python
-        torch.onnx.export(convbn_fx.deploy(model.eval()), (images,), "model.onnx")
+        import torch
+        import convbn_fx
+
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()).eval()
+        deployed = convbn_fx.deploy(model)
+        print(deployed)  # a convolution with a bias, an identity, a ReLU
+        assert isinstance(deployed[1], torch.nn.Identity)
+        torch.testing.assert_close(deployed(x := torch.randn(2, 3, 8, 8)), model(x))
         ```
     """
     names = selected(model, modules, "deploy")
@@ -233,6 +250,18 @@ def report(model: nn.Module) -> Report:
     Raises:
         TypeError: `model` is not a module.
         ValueError: Nothing in the model was rewritten by this library.
+
+    Example:
+        ```python
+        import torch
+        import convbn_fx
+
+        layers = [torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.BatchNorm2d(8)]
+        report = convbn_fx.report(convbn_fx.tune(torch.nn.Sequential(*layers).eval()))
+        print(report)
+        assert [(pair.convolution, pair.batch_norm) for pair in report.fused] == [("0", "1")]
+        assert [(skip.batch_norm, skip.reason.name) for skip in report.skipped] == [("3", "NOT_AFTER_CONVOLUTION")]
+        ```
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"report: expected a torch.nn.Module, got {type(model).__name__}")

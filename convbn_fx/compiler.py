@@ -35,9 +35,13 @@ def convbn(
 
     Example:
         ```python
-        model = torch.compile(model.eval(), backend="convbn", options={"inner": "inductor"})
-        loss = criterion(model(images), labels)
-        print(convbn_fx.report(model))
+        import torch
+        import convbn_fx
+
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)).eval()
+        compiled = torch.compile(model, backend="convbn", options={"inner": "aot_eager"})  # or "inductor"
+        compiled(torch.randn(2, 3, 8, 8)).sum().backward()
+        assert len(convbn_fx.report(compiled).fused) == 1
         ```
     """
     inner = dict(options or {})

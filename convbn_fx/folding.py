@@ -37,6 +37,22 @@ def fold(conv: Convolution, norm: BatchNorm) -> tuple[Tensor, Tensor]:
     Returns:
         The fused weight, shaped like `conv.weight`, and the fused bias, of shape (C_out,), in the dtype of
         `conv.weight`.
+
+    Example:
+        ```python
+        import torch
+        from torch.nn import functional as F
+        from convbn_fx.functional import fold
+        from convbn_fx.operands import BatchNorm, Convolution
+
+        conv = Convolution("conv2d", torch.randn(8, 3, 3, 3), torch.randn(8), padding=1)
+        norm = BatchNorm(torch.randn(8), torch.rand(8) + 0.5, weight=torch.randn(8), bias=torch.randn(8))
+        weight, bias = fold(conv, norm)
+
+        x = torch.randn(2, 3, 16, 16)
+        apart = F.batch_norm(F.conv2d(x, conv.weight, conv.bias, padding=1), *norm[:4])
+        torch.testing.assert_close(F.conv2d(x, weight, bias, padding=1), apart, rtol=1e-3, atol=1e-4)
+        ```
     """
     weight, bias = Folding(conv, norm).parameters()
     return weight, bias.to(weight.dtype)

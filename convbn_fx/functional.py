@@ -51,6 +51,20 @@ def conv_batch_norm(
 
     Raises:
         Exception: What the convolution or the batch norm raises for such an input.
+
+    Example:
+        ```python
+        import torch
+        from convbn_fx.functional import conv_batch_norm
+        from convbn_fx.operands import BatchNorm, Convolution
+
+        conv, norm, x = torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8).eval(), torch.randn(2, 3, 16, 16)
+        torch.testing.assert_close(conv_batch_norm(conv, norm, x), norm(conv(x)), rtol=1e-3, atol=1e-4)
+
+        conv = Convolution("conv2d", conv.weight, conv.bias)  # the same as functions
+        norm = BatchNorm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+        assert conv_batch_norm(conv, norm, x).shape == (2, 8, 14, 14)
+        ```
     """
     proxies = [value for value in (*args, *kwargs.values()) if isinstance(value, Proxy)]
     if proxies:  # somebody traces a rewritten graph again (unpickling does): stay one node

@@ -348,6 +348,11 @@ def register_conv(
 
     Example:
         ```python
+        import torch
+        import torch.nn.functional as F
+        import convbn_fx
+        from convbn_fx.operands import Convolution
+
         class PaddedConv(torch.nn.Conv2d):  # its forward pads on the right, then convolves
             def forward(self, input):
                 return super().forward(F.pad(input, (0, 1, 0, 1)))
@@ -356,6 +361,10 @@ def register_conv(
             return F.pad(input, (0, 1, 0, 1)), Convolution("conv2d", module.weight, module.bias, module.stride)
 
         convbn_fx.register_conv(PaddedConv, operands=operands)
+        model = torch.nn.Sequential(PaddedConv(3, 8, 2), torch.nn.BatchNorm2d(8)).eval()
+        tuned = convbn_fx.tune(model)
+        assert len(convbn_fx.report(tuned).fused) == 1
+        torch.testing.assert_close(tuned(x := torch.randn(2, 3, 8, 8)), model(x))
         ```
     """
     if operands is not None and like is None and _is_module_class(cls):
@@ -387,9 +396,17 @@ def register_batch_norm(
 
     Example:
         ```python
-        class MyBatchNorm(torch.nn.BatchNorm2d): ...
+        import torch
+        import convbn_fx
 
-        convbn_fx.register_batch_norm(MyBatchNorm)
+        class Checked(torch.nn.BatchNorm2d):  # looks at its input, and does what its base does
+            def forward(self, input):
+                assert input.is_floating_point()
+                return super().forward(input)
+
+        convbn_fx.register_batch_norm(Checked, like=torch.nn.BatchNorm2d)
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), Checked(8)).eval()
+        assert len(convbn_fx.report(convbn_fx.tune(model)).fused) == 1
         ```
     """
     if operands is not None and like is None and _is_module_class(cls):

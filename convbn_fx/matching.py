@@ -38,6 +38,18 @@ def find_pairs(graph_module: GraphModule, include_training: bool = False) -> tup
 
     Returns:
         The pairs in graph order, and a `Skip` for every other batch norm that the model holds.
+
+    Example:
+        ```python
+        import torch
+        import convbn_fx
+        from convbn_fx.matching import find_pairs
+
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)).eval()
+        matches, skips = find_pairs(convbn_fx.symbolic_trace(model))
+        assert [(match.pair.convolution, match.pair.batch_norm) for match in matches] == [("0", "1")]
+        assert skips == []
+        ```
     """
     matches, skips = find_pairs_in(graph_module.graph, graph_module, include_training)
     return matches, skips + _out_of_sight(graph_module)

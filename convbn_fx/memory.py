@@ -50,6 +50,19 @@ def saved_bytes(
     Raises:
         Exception: whatever the model raises; with ``fake`` also what ``FakeTensorMode`` raises where
             control flow asks for the value of a tensor.
+
+    Example:
+        ```python
+        import torch
+        from convbn_fx.memory import saved_bytes
+
+        model = torch.nn.Conv2d(3, 8, 3)
+        images = torch.zeros(2, 3, 16, 16)
+        assert saved_bytes(model, images) == images.nbytes  # for the gradient of the weight
+
+        batch = torch.empty(()).expand(256, 3, 224, 224)  # holds no memory
+        assert saved_bytes(model, batch, fake=True) == 4 * 256 * 3 * 224 * 224
+        ```
     """
     keywords = dict(kwargs or {})
     if not fake:

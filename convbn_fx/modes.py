@@ -65,10 +65,17 @@ class batchnorm_mode:  # noqa: N801 - used like a function, as torch.no_grad is
 
     Example:
         ```python
+        import torch
+        import convbn_fx
+
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Dropout())
         model = convbn_fx.tune(model, include_training=True).train()
+
         convbn_fx.batchnorm_mode(model, train=False)  # Tune mode from here on
-        with convbn_fx.batchnorm_mode(model, train=True, modules=["layer4"]):
-            loss = criterion(model(images), labels)  # statistics of layer4 follow the data in here
+        assert not model[1].training and model[2].training
+        with convbn_fx.batchnorm_mode(model, train=True):
+            model(torch.randn(2, 3, 8, 8))  # the statistics follow the data in here
+        assert model[1].num_batches_tracked == 1 and not model[1].training
         ```
     """
 

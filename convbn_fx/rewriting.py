@@ -18,7 +18,25 @@ from convbn_fx.records import Match
 
 
 def copied(graph_module: Any) -> GraphModule:
-    """A GraphModule with a graph of its own that shares everything else with `graph_module`."""
+    """A GraphModule with a graph of its own that shares everything else with `graph_module`.
+
+    Args:
+        graph_module: Any GraphModule.
+
+    Returns:
+        The copy: its graph may be changed, its modules and tensors are those of `graph_module`.
+
+    Example:
+        ```python
+        import torch
+        from convbn_fx.rewriting import copied
+
+        graph_module = torch.fx.symbolic_trace(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)))
+        copy = copied(graph_module)
+        assert copy.graph is not graph_module.graph
+        assert copy.get_submodule("0") is graph_module.get_submodule("0")
+        ```
+    """
     return GraphModule(graph_module, copy.deepcopy(graph_module.graph), type(graph_module).__name__)
 
 
@@ -28,6 +46,20 @@ def rewrite(graph_module: GraphModule, matches: Iterable[Match]) -> None:
     Args:
         graph_module: The graph that the matches were found in. Modules, parameters and buffers are not touched.
         matches: What matching found; their nodes are gone afterwards.
+
+    Example:
+        ```python
+        import torch
+        import convbn_fx
+        from convbn_fx.matching import find_pairs
+        from convbn_fx.rewriting import copied, rewrite
+
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)).eval()
+        graph_module = copied(convbn_fx.symbolic_trace(model))
+        matches, _ = find_pairs(graph_module)
+        rewrite(graph_module, matches)
+        assert "conv_batch_norm" in graph_module.code
+        ```
     """
     graph = graph_module.graph
     replaced: dict[Node, Node] = {}  # a later match may have been found to read what an earlier one replaces

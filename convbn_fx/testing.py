@@ -70,6 +70,15 @@ def randomize_batchnorms(model: ModuleT, seed: int = 0) -> ModuleT:
 
     Returns:
         The same model. Meta and fake tensors, which hold no values, are left as they are.
+
+    Example:
+        ```python
+        import torch
+        from convbn_fx.testing import randomize_batchnorms
+
+        norm = randomize_batchnorms(torch.nn.BatchNorm2d(8))
+        assert norm.running_mean.abs().min() > 0 and norm.running_var.min() >= 0.5
+        ```
     """
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
@@ -111,11 +120,13 @@ def compare(
 ) -> Comparison:
     """Measure how far two models are apart.
 
-    See :func:`assert_equivalent` for the arguments and for what is compared. Parameters and buffers
-    that only one of the models has are left out, and so are gradients that the reference does not have.
+    See [`assert_equivalent`][convbn_fx.testing.assert_equivalent] for the arguments and for what is
+    compared. Parameters and buffers that only one of the models has are left out, and so are gradients
+    that the reference does not have.
 
     Args:
-        reference: see :func:`assert_equivalent`, as for all arguments but the last.
+        reference: see [`assert_equivalent`][convbn_fx.testing.assert_equivalent], as for all arguments but
+            the last.
         candidate: the model to be judged.
         *inputs: positional arguments.
         kwargs: keyword arguments.
@@ -133,6 +144,20 @@ def compare(
         AssertionError: what is compared has no distance: containers, shapes or dtypes differ, a
             gradient is missing, or only one of the models raises.
         Exception: whatever both models raise.
+
+    Example:
+        ```python
+        import copy
+        import torch
+        from convbn_fx.testing import compare
+
+        model = torch.nn.Linear(4, 2).double()
+        other = copy.deepcopy(model)
+        other.weight.data *= 1 + 1e-6
+        comparison = compare(model, other, torch.randn(3, 4, dtype=torch.float64))
+        assert 0 < comparison.outputs["output"] < 1e-5
+        assert comparison.gradients["gradient of bias"] == 0
+        ```
     """
     expected, actual = _observe_both(
         reference, candidate, inputs, kwargs or {}, seed=seed, input_gradients=input_gradients
@@ -190,14 +215,12 @@ def assert_equivalent(
     Floating point values are close if ``|reference - candidate| <= atol + rtol * scale``, where scale is
     the largest finite magnitude of the reference's tensor. Defaults:
 
-    ========  =====  ==================================================================
-    dtype     rtol   atol, times the largest scale among the tensors of the same module
-    ========  =====  ==================================================================
-    float64   1e-9   1e-13
-    float32   1e-4   1e-6
-    float16   3e-2   1e-3
-    bfloat16  3e-2   1e-2
-    ========  =====  ==================================================================
+    | dtype    | rtol | atol, times the largest scale among the tensors of the same module |
+    | -------- | ---- | ------------------------------------------------------------------ |
+    | float64  | 1e-9 | 1e-13 |
+    | float32  | 1e-4 | 1e-6 |
+    | float16  | 3e-2 | 1e-3 |
+    | bfloat16 | 3e-2 | 1e-2 |
 
     Complex dtypes follow their real ones, Python numbers float32. NaN equals NaN, infinity an infinity
     of the same sign; everything else is compared exactly.
@@ -220,6 +243,17 @@ def assert_equivalent(
         Exception: whatever the reference raises, if the candidate raises the same type and leaves the
             same state behind. Raised on, so that a call with wrong arguments proves nothing; expect it
             with ``pytest.raises``.
+
+    Example:
+        ```python
+        import torch
+        import convbn_fx
+        from convbn_fx.testing import assert_equivalent, randomize_batchnorms
+
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)).eval().double()
+        tuned = convbn_fx.tune(randomize_batchnorms(model))
+        assert_equivalent(model, tuned, torch.randn(2, 3, 8, 8, dtype=torch.float64))
+        ```
     """
     expected, actual = _observe_both(
         reference, candidate, inputs, kwargs or {}, seed=seed, input_gradients=input_gradients

@@ -151,7 +151,13 @@ def symbolic_trace(root: nn.Module, concrete_args: dict[str, Any] | None = None)
 
     Example:
         ```python
-        gm = convbn_fx.transform(convbn_fx.symbolic_trace(model.eval()))
+        import torch
+        import convbn_fx
+
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()).eval()
+        gm = convbn_fx.symbolic_trace(model)
+        assert [str(node.target) for node in gm.graph.nodes] == ["input", "0", "1", "2", "output"]
+        assert len(convbn_fx.report(convbn_fx.transform(gm)).fused) == 1
         ```
     """
     if not isinstance(root, nn.Module):

@@ -1,47 +1,48 @@
-"""Everything that the README and the documentation show runs."""
+"""The README shows what happens."""
 
+import csv
 import re
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
-PAGES = {
-    path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))
-}
-README = PAGES["README.md"]
-BLOCKS = {
-    f"{name}, block {number}": block
-    for name, page in PAGES.items()
-    for number, block in enumerate(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL))
-}
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("name", BLOCKS)
-def test_a_block_runs(name: str) -> None:
-    exec(compile(BLOCKS[name], name, "exec"), {"__name__": "readme"})
+def run(block):
+    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
 
 
-def test_the_blocks_are_found() -> None:
-    assert len(BLOCKS) == sum(page.count("```python") for page in PAGES.values()) >= 6
-
-
-def test_links_lead_somewhere() -> None:
-    for name, page in PAGES.items():
-        folder = ROOT if name == "README.md" else ROOT / "docs"
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page):
-            assert (folder / target).exists(), f"{name}: {target}"
-
-
-def test_the_commands_are_targets() -> None:
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    commands = re.findall(r"\bmake (\w+)", README)
-    assert {"demo", "test", "help"} <= set(commands)
-    for command in commands:
-        assert re.search(rf"^{command}\b.*:", makefile, flags=re.MULTILINE), command
+def test_the_code_shown_is_the_code_generated(capsys):
+    run(BLOCKS[0])
+    (shown,) = re.findall(r"```py\n(.*?)```", README, flags=re.DOTALL)
+    printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert list(filter(None, printed)) == list(filter(None, shown.splitlines()))
 
 
 def test_the_report_shown_is_the_report(capsys):
-    exec(compile(BLOCKS["README.md, block 0"], "README.md, block 0", "exec"), {"__name__": "readme"})
+    run(BLOCKS[1])
     shown = re.search(r"```text\n(.*?)\.\.\.\n```", README, flags=re.DOTALL).group(1)
     assert capsys.readouterr().out.startswith(shown)
+
+
+def test_the_two_commands_are_shown():
+    assert {"demo", "test", "help"} <= set(re.findall(r"\bmake (\w+)", README))
+
+
+def test_the_numbers_of_the_zoo():
+    with (ROOT / "bench/results/zoo.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    fused = [row for row in rows if int(row["fused"] or 0)]
+    told = [
+        len(rows),
+        len(fused),
+        sum(int(row["fused"]) for row in fused),
+        sum(row["level"] == "numeric" for row in fused),
+    ]
+    assert all(row["status"] == "pass" for row in rows)
+    (paragraph,) = re.findall(r"^Of the .*?\n\n", README, flags=re.MULTILINE | re.DOTALL)
+    assert [int(number) for number in re.findall(r"\d+", paragraph)] == told
+    page = (ROOT / "docs/zoo.md").read_text(encoding="utf-8")
+    in_table = [int(number) for number in re.findall(r"^\|.*\| (\d+) \|$", page, flags=re.MULTILINE)]
+    assert in_table == [told[0], told[1], told[3], told[2], 0]
