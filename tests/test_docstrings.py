@@ -24,7 +24,7 @@ def examples():
                 yield pytest.param(inspect.cleandoc(block), id=f"{file}.{node.name}")
 
 
-@pytest.mark.parametrize("block", examples())
+@pytest.mark.parametrize("block", list(examples()))
 def test_an_example_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.compiler.reset()
@@ -38,10 +38,13 @@ def documented():
             yield pytest.param(thing, id=name)
 
 
-@pytest.mark.parametrize("function", documented())
+@pytest.mark.parametrize("function", list(documented()))
 def test_every_public_function_has_an_example(function):
     assert "    ```python\n" in function.__doc__
 
 
 def test_functions_are_found():
-    assert {parameter.values[0] for parameter in documented()} >= {convbn_fx.tune, convbn_fx.memory.saved_bytes}
+    assert {parameter.values[0] for parameter in documented()} >= {
+        convbn_fx.tune,
+        convbn_fx.memory.saved_bytes,
+    }

@@ -7,6 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+SHOWN = re.findall(r"```text\n(.*?)```", README, flags=re.DOTALL)
 
 
 def run(block):
@@ -15,15 +16,16 @@ def run(block):
 
 def test_the_code_shown_is_the_code_generated(capsys):
     run(BLOCKS[0])
-    (shown,) = re.findall(r"```py\n(.*?)```", README, flags=re.DOTALL)
+    shown, _ = SHOWN
     printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert list(filter(None, printed)) == list(filter(None, shown.splitlines()))
 
 
 def test_the_report_shown_is_the_report(capsys):
     run(BLOCKS[1])
-    shown = re.search(r"```text\n(.*?)\.\.\.\n```", README, flags=re.DOTALL).group(1)
-    assert capsys.readouterr().out.startswith(shown)
+    _, shown = SHOWN
+    assert shown.endswith("\n...\n")
+    assert capsys.readouterr().out.startswith(shown.removesuffix("...\n"))
 
 
 def test_the_two_commands_are_shown():
