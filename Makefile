@@ -91,7 +91,7 @@ $(DOCS_READY): $(READY)
 	@touch $@
 
 docs: $(DOCS_READY) ## Build the documentation into build/site, where a warning is an error
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "To read it: $(BIN)/python -m http.server --directory build/site"
 
 BENCHMARKS := resnet50-grid classification detection adversarial pretraining alternatives coefficients theory costs
