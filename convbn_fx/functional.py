@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
-from torch.fx import Proxy
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import _has_any_global_hook
@@ -52,7 +51,7 @@ def conv_batch_norm(
     Raises:
         Exception: What the convolution or the batch norm raises for such an input.
     """
-    proxies = [value for value in (*args, *kwargs.values()) if isinstance(value, Proxy)]
+    proxies = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.fx.Proxy)]
     if proxies:  # somebody traces a rewritten graph again (unpickling does): stay one node
         return handle_torch_function(conv_batch_norm, proxies, conv, norm, *args, **kwargs)
     if len(args) == 1 and are_cheaper_apart(conv, norm, *args):
@@ -138,7 +137,7 @@ def are_cheaper_apart(conv: nn.Module | Convolution, norm: nn.Module | BatchNorm
     weight, gamma = conv._parameters.get("weight"), norm._parameters.get("weight")
     if weight is None or gamma is None or not gamma.requires_grad or input.ndim != weight.ndim:
         return False
-    if conv.transposed or torch.compiler.is_compiling():
+    if conv.transposed or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
     size = output_size(input, weight, conv)
     return cheapest_form(weight.numel(), size, input.device.type, True) is Form.APART

@@ -17,6 +17,7 @@ BLOCKS = {
 }
 
 
+@pytest.mark.usefixtures("real_costs")
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_block_runs(name: str) -> None:
     exec(compile(BLOCKS[name], name, "exec"), {"__name__": "readme"})
