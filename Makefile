@@ -86,7 +86,8 @@ check: lint types test ## Lint, types and fast tests: what must pass before a co
 BENCHMARKS := resnet50-grid classification detection adversarial pretraining alternatives coefficients theory costs
 
 bench: $(READY) ## Run every benchmark, into bench/results and docs/benchmarks.md (two hours)
-	@for name in $(BENCHMARKS); do $(BIN)/python -m bench $$name --json bench/results/$$name.json || exit 1; done
+	@for name in $(BENCHMARKS); do \
+		env --unset OMP_WAIT_POLICY $(BIN)/python -m bench $$name --json bench/results/$$name.json || exit 1; done
 	@$(BIN)/python -m bench.page
 
 bench-smoke: $(READY) ## Run every benchmark at toy size
