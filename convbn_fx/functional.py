@@ -134,8 +134,11 @@ def are_cheaper_apart(conv: nn.Module | Convolution, norm: nn.Module | BatchNorm
     """
     if type(input) is not Tensor or not isinstance(conv, _ConvNd) or not isinstance(norm, nn.Module):
         return False
-    weight, gamma = conv._parameters.get("weight"), norm._parameters.get("weight")
-    if weight is None or gamma is None or not gamma.requires_grad or input.ndim != weight.ndim:
+    weight = conv._parameters.get("weight")
+    if weight is None or 4 * weight.numel() < input.numel() or input.ndim != weight.ndim:
+        return False  # rather not: an output is seldom smaller than a quarter of the input
+    gamma = norm._parameters.get("weight")
+    if gamma is None or not gamma.requires_grad:
         return False
     if conv.transposed or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
