@@ -134,13 +134,15 @@ def are_cheaper_apart(conv: nn.Module | Convolution, norm: nn.Module | BatchNorm
     """
     if type(input) is not Tensor or not isinstance(conv, _ConvNd) or not isinstance(norm, nn.Module):
         return False
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
     weight = conv._parameters.get("weight")
     if weight is None or 4 * weight.numel() < input.numel() or input.ndim != weight.ndim:
-        return False  # rather not: an output is seldom smaller than a quarter of the input
+        return (
+            False  # seldom is an output smaller than a quarter of the input, and then it is found out later
+        )
     gamma = norm._parameters.get("weight")
-    if gamma is None or not gamma.requires_grad:
-        return False
-    if conv.transposed or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if gamma is None or not gamma.requires_grad or conv.transposed:
         return False
     size = output_size(input, weight, conv)
     return cheapest_form(weight.numel(), size, input.device.type, True) is Form.APART
