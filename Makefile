@@ -97,7 +97,8 @@ docs: $(DOCS_READY) ## Build the documentation into build/site, where a warning 
 BENCHMARKS := resnet50-grid classification detection adversarial pretraining alternatives coefficients theory costs
 
 bench: $(READY) ## Run every benchmark, into bench/results and docs/benchmarks.md (two hours)
-	@for name in $(BENCHMARKS); do $(BIN)/python -m bench $$name --json bench/results/$$name.json || exit 1; done
+	@for name in $(BENCHMARKS); do \
+		env --unset OMP_WAIT_POLICY $(BIN)/python -m bench $$name --json bench/results/$$name.json || exit 1; done
 	@$(BIN)/python -m bench.page
 
 bench-smoke: $(READY) ## Run every benchmark at toy size

@@ -12,6 +12,7 @@ is with `scale = gamma / sqrt(var + eps)` the same as one convolution with param
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, Final
 
 import torch
@@ -72,7 +73,26 @@ OPERATIONS: Final[dict[str, Callable[[Tensor, Convolution], Tensor]]] = {
 
 def inverse_deviation(running_var: Tensor, eps: float) -> Tensor:
     """`1 / sqrt(var + eps)`, of shape (C_out,), in float32 at least."""
-    return torch.rsqrt(at_least_float32(running_var) + eps)
+    variance = at_least_float32(running_var)
+    return torch.rsqrt(variance + (_kept(eps, variance.dtype) if is_eager(variance) else eps))
+
+
+@lru_cache(maxsize=64)
+def _kept(number: float, dtype: torch.dtype) -> Tensor:
+    """The number as a tensor: where pairs are small, making one at each call takes longer than what it is for."""
+    with torch.inference_mode(False):
+        return torch.tensor(number, dtype=dtype, device="cpu")
+
+
+def is_eager(tensor: Tensor) -> bool:
+    """Whether operations on the tensor are just run: nobody traces, batches or differentiates them in other ways."""
+    return (
+        type(tensor) is Tensor
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._functorch.is_legacy_batchedtensor(tensor)
+    )
 
 
 def scale_of(gamma: Tensor | None, inverse_deviation: Tensor) -> Tensor:
@@ -104,8 +124,12 @@ def scaled(weight: Tensor, scale: Tensor, conv: Convolution) -> Tensor:
         conv: How the channels lie. A transposed convolution holds C_out / groups output channels in dimension 1,
             those of group g in the g-th part of its C_in rows.
     """
-    product = weight * along_output_channels(scale, weight, conv)
-    return product if product.dtype == weight.dtype else product.to(weight.dtype)
+    return rounded(weight * along_output_channels(scale, weight, conv), weight.dtype)
+
+
+def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in that dtype."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def along_output_channels(scale: Tensor, weight: Tensor, conv: Convolution) -> Tensor:

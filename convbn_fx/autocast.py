@@ -15,9 +15,9 @@ def computing_dtype(input: Tensor, conv: Convolution) -> torch.dtype | None:
     Autocast casts the operands of every function that it knows, except float64 ones. Whether it knows
     `torch.convolution` depends on the device.
     """
-    own, device_type = input.dtype, input.device.type
-    of_weight = conv.weight.dtype
+    own, of_weight = input.dtype, conv.weight.dtype
     of_bias = of_weight if conv.bias is None else conv.bias.dtype
+    device_type = input.device.type
     if _is_enabled(device_type) and (conv.op != "convolution" or device_type in _CAST_CONVOLUTION):
         any_double = torch.float64 in (own, of_weight, of_bias)
         return None if any_double else torch.get_autocast_dtype(device_type)

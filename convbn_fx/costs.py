@@ -22,19 +22,23 @@ class Form(Enum):
 
 @dataclass(frozen=True)
 class Costs:
-    """What `python -m bench costs` measures on a kind of device.
+    """What a pair is worth on a kind of device, as `python -m bench costs` measures it.
+
+    To be fused where the weight is the larger always takes longer than Eval mode does: the bookkeeping of a call, a sum
+    over the weight. What it saves is the output.
 
     Attributes:
-        fixed: What a fused pair costs besides Eval mode's, whatever its sizes: the time in which Eval mode normalises
-            so many elements of an output, forward and backward.
-        weight_per_output: How many elements of weight may be summed over to save one element of output.
+        fixed: An output of fewer elements is not worth the bookkeeping.
+        weight_per_output: An element of output is not worth a sum over more elements of weight.
     """
 
     fixed: int
     weight_per_output: float
 
 
-#: By type of device.
+#: By type of device. On CPUs a call's bookkeeping is as long as Eval mode takes to normalise some hundred thousand
+#: elements; less than that, because with these numbers a ResNet-50 saves no more than 1.01 times what Deploy mode does,
+#: from four images of 224x224 pixels on. Those of CUDA wait for a measurement.
 COSTS: Final[dict[str, Costs]] = {
     "cpu": Costs(fixed=1 << 16, weight_per_output=16.0),
     "cuda": Costs(fixed=0, weight_per_output=16.0),

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from convbn_fx.arithmetic import (
     along_output_channels,
     inverse_deviation,
+    is_eager,
     plus_centred,
     products,
+    rounded,
     scale_of,
-    scaled,
 )
 from convbn_fx.operands import BatchNorm, Convolution
 
@@ -70,6 +71,9 @@ class Folding:
         self.conv, self.norm = conv, norm
         self.inverse = inverse_deviation(norm.running_var, norm.eps)
         self.scale = scale_of(norm.weight, self.inverse)
+        self.weight_scale = (
+            None if conv.weight is None else along_output_channels(self.scale, conv.weight, conv)
+        )
 
     def parameters(self) -> tuple[Tensor, Tensor]:
         """The fused weight and the fused bias."""
@@ -78,7 +82,8 @@ class Folding:
 
     def weight(self) -> Tensor:
         """The fused weight alone."""
-        return scaled(self.conv.weight, self.scale, self.conv)
+        weight = self.conv.weight
+        return rounded(weight * self.weight_scale, weight.dtype)
 
     def gradients(
         self, grad_weight: Any, grad_shift: Any, spare: Tensor | None, *wanted: bool
@@ -99,27 +104,18 @@ class Folding:
         in_place = not torch.is_grad_enabled()
         grad_gamma = None
         if wants_gamma:
-            out = spare if in_place and _is_eager(grad_weight) else None
+            out = spare if in_place and is_eager(grad_weight) else None
             per_scale = products(grad_weight, self.conv.weight, self.conv, out)
             centred = plus_centred(per_scale, grad_shift, self.conv.bias, self.norm.running_mean)
             grad_gamma = centred * self.inverse
-        if not wants_weight:
-            grad_weight = None
-        elif in_place:
-            grad_weight.mul_(along_output_channels(self.scale, grad_weight, self.conv))
+        if wants_weight:
+            scale = self.weight_scale
+            if scale is None:
+                scale = along_output_channels(self.scale, grad_weight, self.conv)
+            grad_weight = grad_weight.mul_(scale) if in_place else grad_weight * scale
         else:
-            grad_weight = scaled(grad_weight, self.scale, self.conv)
+            grad_weight = None
         return grad_weight, self.scale * grad_shift if wants_bias else None, grad_gamma
-
-
-def _is_eager(tensor: Tensor) -> bool:
-    """Whether operations on the tensor are just run: nobody traces or batches them, who would refuse `out=`."""
-    return (
-        type(tensor) is Tensor
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._functorch.is_batchedtensor(tensor)
-        and not torch._C._functorch.is_legacy_batchedtensor(tensor)
-    )
 
 
 def folding(conv: Convolution, norm: BatchNorm) -> Folding:

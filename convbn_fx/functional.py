@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
-from torch.fx import Proxy
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import _has_any_global_hook
@@ -66,7 +65,7 @@ def conv_batch_norm(
         assert conv_batch_norm(conv, norm, x).shape == (2, 8, 14, 14)
         ```
     """
-    proxies = [value for value in (*args, *kwargs.values()) if isinstance(value, Proxy)]
+    proxies = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.fx.Proxy)]
     if proxies:  # somebody traces a rewritten graph again (unpickling does): stay one node
         return handle_torch_function(conv_batch_norm, proxies, conv, norm, *args, **kwargs)
     if len(args) == 1 and are_cheaper_apart(conv, norm, *args):
@@ -149,10 +148,15 @@ def are_cheaper_apart(conv: nn.Module | Convolution, norm: nn.Module | BatchNorm
     """
     if type(input) is not Tensor or not isinstance(conv, _ConvNd) or not isinstance(norm, nn.Module):
         return False
-    weight, gamma = conv._parameters.get("weight"), norm._parameters.get("weight")
-    if weight is None or gamma is None or not gamma.requires_grad or input.ndim != weight.ndim:
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
-    if conv.transposed or torch.compiler.is_compiling():
+    weight = conv._parameters.get("weight")
+    if weight is None or 4 * weight.numel() < input.numel() or input.ndim != weight.ndim:
+        return (
+            False  # seldom is an output smaller than a quarter of the input, and then it is found out later
+        )
+    gamma = norm._parameters.get("weight")
+    if gamma is None or not gamma.requires_grad or conv.transposed:
         return False
     size = output_size(input, weight, conv)
     return cheapest_form(weight.numel(), size, input.device.type, True) is Form.APART

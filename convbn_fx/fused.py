@@ -19,6 +19,7 @@ from convbn_fx.arithmetic import (
     batch_norm,
     convolution,
     inverse_deviation,
+    is_eager,
     is_half,
     plus_centred,
     products,
@@ -184,13 +185,8 @@ def _overflowed(gradient: Any) -> bool:
 
 
 def _is_known(tensor: Tensor) -> bool:
-    """Whether the values can be looked at, and without a synchronisation: nobody traces or batches this."""
-    return (
-        tensor.device.type == "cpu"
-        and type(tensor) is Tensor
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
+    """Whether the values can be looked at, and without a synchronisation."""
+    return tensor.device.type == "cpu" and is_eager(tensor)
 
 
 def _on_channels(grad_output: Tensor, scale: Tensor) -> Tensor:

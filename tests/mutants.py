@@ -62,7 +62,12 @@ MUTANTS = [
         "at_least_float32(running_var)",
         "at_least_float32(running_var) ** 0",
     ),
-    Mutant("eps 0", "arithmetic.inverse_deviation", "+ eps", "+ 0"),
+    Mutant(
+        "eps 0",
+        "arithmetic.inverse_deviation",
+        "(_kept(eps, variance.dtype) if is_eager(variance) else eps)",
+        "0",
+    ),
     Mutant("no square root", "arithmetic.inverse_deviation", "rsqrt", "reciprocal"),
     Mutant("divided twice", "arithmetic.scale_of", "gamma *", "gamma * inverse_deviation *"),
     Mutant("gamma ignored", "arithmetic.scale_of", "gamma * inverse_deviation", "inverse_deviation"),
@@ -72,13 +77,8 @@ MUTANTS = [
     Mutant("mean added", "arithmetic.plus_centred", "value=-1", "value=1"),
     Mutant("mean added to a bias", "arithmetic.plus_centred", "factor, bias - mean)", "factor, bias + mean)"),
     Mutant("shift not scaled", "folding.Folding.parameters", "self.scale", "torch.ones_like(self.scale)"),
-    Mutant(
-        "weight not scaled",
-        "folding.Folding.weight",
-        "scaled(self.conv.weight, self.scale, self.conv)",
-        "self.conv.weight",
-    ),
-    Mutant("weight scaled twice", "folding.Folding.weight", "self.scale", "self.scale ** 2"),
+    Mutant("weight not scaled", "folding.Folding.weight", "* self.weight_scale", ""),
+    Mutant("weight scaled twice", "folding.Folding.weight", "self.weight_scale", "self.weight_scale ** 2"),
     Mutant(
         "input channels scaled",
         "arithmetic.along_output_channels",
@@ -113,8 +113,8 @@ MUTANTS = [
     Mutant(
         "gradient of the weight unscaled",
         "folding.Folding.gradients",
-        "grad_weight.mul_(along_output_channels(self.scale, grad_weight, self.conv))",
-        "grad_weight.mul_(1)",
+        "grad_weight.mul_(scale)",
+        "grad_weight",
     ),
     Mutant(
         "gradient of the bias unscaled", "folding.Folding.gradients", "self.scale * grad_shift", "grad_shift"

@@ -86,6 +86,7 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.usefixtures("real_costs")
 @pytest.mark.parametrize("block", list(snippets()))
 def test_a_block_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
