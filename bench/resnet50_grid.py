@@ -93,7 +93,9 @@ def _row(name: str, batch: int, size: int, options: Options, timed: bool) -> dic
         if options.device == "cuda":
             row["peak"] = {contender: peak(step) for contender, step in steps.items()}
         else:
-            row["profiles"] = {name: where_time_goes(steps[name]) for name in (EVAL, TUNE, DEPLOY)}
+            row["profiles"] = {
+                contender: where_time_goes(steps[contender]) for contender in (EVAL, TUNE, DEPLOY)
+            }
     return row
 
 
