@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench.better import Case
 from bench.contenders import COMPOSITE, DEPLOY, EVAL, TUNE, make
 from bench.markdown import error, megabytes, spread, table
 from bench.models import MODELS as OTHERS
@@ -389,6 +390,19 @@ def tables(result: Result) -> Iterator[str]:
             for row in _models(result)
         ),
     )
+
+
+def cases(result: Result) -> Iterator[Case]:
+    """The comparisons in which another contender may be better, parameters frozen.
+
+    Args:
+        result: The benchmark's.
+
+    Yields:
+        One for each row.
+    """
+    for row in result.rows:
+        yield Case(f"{row['model']}, {row['attack']}", row["bytes"]["frozen"], row["seconds"])
 
 
 def _models(result: Result) -> Collection[Mapping[str, Any]]:

@@ -19,6 +19,7 @@ from torch._inductor.utils import fresh_cache
 from torchvision.models.resnet import Bottleneck, ResNet
 
 import convbn_fx
+from bench.better import Case
 from bench.contenders import (
     CHECKPOINT,
     COMPILED,
@@ -358,6 +359,20 @@ def _timed_lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[object, ..
             error(row["float32"]),
             error(row["float64"]),
         )
+
+
+def cases(result: Result) -> Iterator[Case]:
+    """The one comparison in which another contender may be better; memory is that at the measured peak of a step.
+
+    Args:
+        result: The benchmark's.
+
+    Yields:
+        It.
+    """
+    peaks = {row["contender"]: row["peak"] for row in result.rows}
+    seconds = {row["contender"]: row["seconds"] for row in result.rows}
+    yield Case(f"resnet50, {result.settings['batches'][0]}x{result.settings['image']}", peaks, seconds)
 
 
 def plot(result: Result) -> Figure:

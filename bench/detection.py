@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import convbn_fx
+from bench.better import Case
 from bench.contenders import COMPOSITE, DEPLOY, EVAL, FROZEN, TUNE, composite, make
 from bench.detectors import BACKBONES, BOXES, CLASSES, DIVISOR, batch, build
 from bench.markdown import error, megabytes, spread, table
@@ -466,6 +467,20 @@ def tables(result: Result) -> Iterator[str]:
                 if row["peak"]
             ),
         )
+
+
+def cases(result: Result) -> Iterator[Case]:
+    """The comparisons in which another contender may be better.
+
+    Args:
+        result: The benchmark's.
+
+    Yields:
+        One for each row.
+    """
+    for row in result.rows:
+        counts = {contender: _bytes(row, contender) for contender in CONTENDERS}
+        yield Case(", ".join(_which(row)), counts, row["seconds"] or {})
 
 
 def _which(row: Mapping[str, Any]) -> Iterator[str]:

@@ -1,10 +1,11 @@
 """What a benchmark leaves behind: its rows, and all that one needs to know to repeat it, as JSON."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 #: Where the committed results lie.
 RESULTS = Path("bench/results")
@@ -54,9 +55,21 @@ class Result:
     notes: Sequence[str] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
-        """Writes the result as JSON."""
+        """Writes the result as JSON: numbers to six digits, a list of numbers on one line."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        text = json.dumps(_to_six_digits(asdict(self)), indent=1, allow_nan=False)
+        path.write_text(_NUMBERS.sub(lambda found: " ".join(found[0].split()), text) + "\n", encoding="utf-8")
+
+
+_NUMBERS: Final = re.compile(r"\[[-+\d.e,\s]+\]")
+
+
+def _to_six_digits(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, Mapping):
+        return {key: _to_six_digits(each) for key, each in value.items()}
+    return [_to_six_digits(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def read(path: Path) -> Result:

@@ -4,7 +4,6 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from itertools import count
 from typing import NamedTuple
 
 
@@ -21,6 +20,7 @@ def take_turns(
     *,
     seconds: float,
     min_rounds: int = 2,
+    max_rounds: int = 100,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Times several functions in alternation.
@@ -32,6 +32,7 @@ def take_turns(
         steps: What to time, by name.
         seconds: No round begins when so much time has passed.
         min_rounds: But so many rounds are run in any case.
+        max_rounds: And no more than these, whose quartiles are settled.
         clock: Tells the time in seconds.
 
     Returns:
@@ -42,7 +43,7 @@ def take_turns(
     times: dict[str, list[float]] = {name: [] for name in steps}
     deadline = clock() + seconds
     orders = random.Random(0)  # noqa: S311 - the same orders in every run
-    for rounds in count():
+    for rounds in range(max_rounds):
         if rounds >= min_rounds and clock() >= deadline:
             break
         for name in orders.sample(list(steps), len(steps)):

@@ -19,8 +19,10 @@ def computing_dtype(input: Tensor, conv: Convolution) -> torch.dtype | None:
     of_bias = of_weight if conv.bias is None else conv.bias.dtype
     device_type = input.device.type
     if _is_enabled(device_type) and (conv.op != "convolution" or device_type in _CAST_CONVOLUTION):
-        any_double = torch.float64 in (own, of_weight, of_bias)
-        return None if any_double else torch.get_autocast_dtype(device_type)
+        for dtype in (own, of_weight, of_bias):
+            if not dtype.is_floating_point or dtype == torch.float64:  # autocast leaves it as it is
+                return None
+        return torch.get_autocast_dtype(device_type)
     return own if own == of_weight == of_bias else None
 
 

@@ -110,7 +110,7 @@ class Pairing:
         for parent, name, child in self.places:  # at every call of every pair: no generator
             if parent._modules.get(name) is not child:
                 return False
-        if not (self.to_function or self.only_norm or any(map(kinds.frozen_kind, self.norms))):
+        if self.only_norm is None and not (self.to_function or any(map(kinds.frozen_kind, self.norms))):
             return False
         return not _has_any_global_hook() and torch._C._get_tracing_state() is None
 

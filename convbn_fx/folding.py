@@ -8,7 +8,7 @@ With `dW'` and `db'` the gradients of the convolution with the fused parameters,
 import importlib
 from functools import cache
 from types import ModuleType
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -120,14 +120,15 @@ class Folding:
 
 def folding(conv: Convolution, norm: BatchNorm) -> Folding:
     """The fastest folding of these operands; one to be differentiated again while gradients are recorded."""
-    if norm.running_var.is_cuda and type(conv.weight) in _PLAIN and not torch.is_grad_enabled():
+    if (
+        norm.running_var.is_cuda
+        and type(conv.weight) in (Tensor, nn.Parameter)
+        and not torch.is_grad_enabled()
+    ):
         kernels = _triton_kernels()
         if kernels is not None and kernels.applies_to(conv, norm):
             return kernels.KernelFolding(conv, norm)  # type: ignore[no-any-return]
     return Folding(conv, norm)
-
-
-_PLAIN: Final = (Tensor, nn.Parameter)
 
 
 @cache

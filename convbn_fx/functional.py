@@ -13,12 +13,11 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import handle_torch_function
 
 from convbn_fx import kinds
-from convbn_fx.arithmetic import batch_norm, convolution, is_half, output_channels
+from convbn_fx.arithmetic import batch_norm, convolution, is_half, output_channels, rounded
 from convbn_fx.autocast import computing_dtype
 from convbn_fx.costs import Form, cheapest_form
 from convbn_fx.folding import fold
@@ -146,20 +145,26 @@ def are_cheaper_apart(conv: nn.Module | Convolution, norm: nn.Module | BatchNorm
     That is right at any call. It is asked first because it takes a tenth of the time of making sure that the two
     may be one; and such pairs are small, so that this time counts.
     """
-    if type(input) is not Tensor or not isinstance(conv, _ConvNd) or not isinstance(norm, nn.Module):
+    if type(input) is not Tensor or not (isinstance(conv, nn.Module) and isinstance(norm, nn.Module)):
+        return False
+    if kinds.class_of(conv) not in _SIZED_BY_ATTRIBUTES:
         return False
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
     weight = conv._parameters.get("weight")
     if weight is None or 4 * weight.numel() < input.numel() or input.ndim != weight.ndim:
         return (
-            False  # seldom is an output smaller than a quarter of the input, and then it is found out later
+            False  # an output is seldom smaller than a quarter of the input; if it is, it is found out later
         )
     gamma = norm._parameters.get("weight")
-    if gamma is None or not gamma.requires_grad or conv.transposed:
+    if gamma is None or not gamma.requires_grad:
         return False
     size = output_size(input, weight, conv)
     return cheapest_form(weight.numel(), size, input.device.type, True) is Form.APART
+
+
+# Others may pad in their forward, or be called with an output size.
+_SIZED_BY_ATTRIBUTES: Final = frozenset({nn.Conv1d, nn.Conv2d, nn.Conv3d})
 
 
 def _in_best_form(input: Tensor, conv: Convolution, norm: BatchNorm, dtype: torch.dtype) -> Tensor | None:
@@ -177,9 +182,7 @@ def _in_best_form(input: Tensor, conv: Convolution, norm: BatchNorm, dtype: torc
         and size * dtype.itemsize <= _saved_for_gamma(input, conv)
     ):
         return None
-    if input.dtype != dtype:
-        input = input.to(dtype)
-    return fused_convolution(input, conv, norm, form is Form.SCALED or is_half(dtype))
+    return fused_convolution(rounded(input, dtype), conv, norm, form is Form.SCALED or is_half(dtype))
 
 
 def _formula(input: Tensor, conv: Convolution, norm: BatchNorm) -> Tensor:

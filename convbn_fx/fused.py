@@ -213,8 +213,8 @@ def _convolution_backward(
     input = grad_output.new_empty(()).expand(ctx.input_shape) if input is None else input
     weight = grad_output.new_empty(()).expand(ctx.weight_shape) if weight is None else weight
     geometry = Geometry.of(conv, ctx.weight_shape)
-    if geometry.padding_right is not None:
-        input = F.pad(input, [pad for extra in reversed(geometry.padding_right) for pad in (0, extra)])
+    if geometry.uneven is not None:
+        input = F.pad(input, [pad for extra in reversed(geometry.uneven) for pad in (0, extra)])
     grad_input, grad_weight, _ = _CONVOLUTION_BACKWARD(
         grad_output,
         input,
@@ -228,7 +228,7 @@ def _convolution_backward(
         conv.groups,
         [wants_input, wants_weight, False],
     )
-    if wants_input and geometry.padding_right is not None:
+    if wants_input and geometry.uneven is not None:
         for dimension, size in enumerate(ctx.input_shape[2:], start=2):
             grad_input = grad_input.narrow(dimension, 0, size)
     return grad_input, grad_weight

@@ -15,13 +15,13 @@ Result = TypeVar("Result")
 class Geometry(NamedTuple):
     """Strides and paddings of a convolution, one number per spatial dimension.
 
-    `padding_right` is how much more is padded on the right than on the left: None but where `"same"` cannot be
+    `uneven` is how much more is padded on the right than on the left: None but where `"same"` cannot be
     symmetric, because the kernel reaches an even way.
     """
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
-    padding_right: tuple[int, ...] | None
+    uneven: tuple[int, ...] | None
     dilation: tuple[int, ...]
     output_padding: tuple[int, ...]
 
@@ -74,16 +74,16 @@ def _geometry(
 ) -> Geometry:
     dimensions = len(weight_shape) - 2
     dilation = _per_dimension(dilation, dimensions)
-    padding_right = None
+    uneven = None
     if padding == "same":
         total = [step * (size - 1) for step, size in zip(dilation, weight_shape[2:], strict=True)]
         padding = tuple(pad // 2 for pad in total)
         if any(pad % 2 for pad in total):
-            padding_right = tuple(pad % 2 for pad in total)
+            uneven = tuple(pad % 2 for pad in total)
     else:
         padding = _per_dimension(0 if padding == "valid" else padding, dimensions)
     stride, output_padding = _per_dimension(stride, dimensions), _per_dimension(output_padding, dimensions)
-    return Geometry(stride, padding, padding_right, dilation, output_padding)
+    return Geometry(stride, padding, uneven, dilation, output_padding)
 
 
 @_remembered
@@ -105,7 +105,7 @@ def _output_size(
         weight_shape[2:],
         geometry.stride,
         geometry.padding,
-        geometry.padding_right or (0,) * len(geometry.padding),
+        geometry.uneven or (0,) * len(geometry.padding),
         geometry.dilation,
         geometry.output_padding,
         strict=True,

@@ -35,7 +35,7 @@ def _convolution_forward(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args)
         kind = kinds.convolution_kind(self)
         if pairing is not None and kind is not None and pairing.allows():
-            args, kwargs = settled(args), settled(kwargs) if kwargs else kwargs
+            args, kwargs = settled(args), settled(kwargs)
             deferred = defer(*kind.operands(self, *args, **kwargs), pairing)
             if deferred is not None:
                 return deferred

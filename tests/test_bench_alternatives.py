@@ -185,6 +185,12 @@ def test_every_contender_is_at_every_place_of_a_round():
     assert {len(each) for each in times.values()} == {len(rounds)}
 
 
+def test_no_more_rounds_than_settle_quartiles():
+    assert {len(times) for times in take_turns({"a": int, "b": int}, seconds=60, max_rounds=5).values()} == {
+        5
+    }
+
+
 def test_frozen_batch_norms_keep_the_dtype():
     model = plain().double()
     assert {buffer.dtype for buffer in contenders.frozen(model).buffers()} == {torch.float64}

@@ -35,6 +35,16 @@ def test_from_the_command_to_the_page(benchmark, tmp_path, monkeypatch):
     assert (page.PICTURES / f"{benchmark}-cpu.png").exists()
 
 
+def test_a_list_of_numbers_is_one_line_of_six_digits(tmp_path):
+    path = tmp_path / "result.json"
+    row = {"seconds": [0.123456789, 1e-16, 3], "nothing": [], "texts": ["a, 1", "2"], "bytes": 123456789}
+    results.Result("name", "command", {}, {"sizes": (1, 2)}, [row]).write(path)
+    assert '"seconds": [ 0.123457, 1e-16, 3 ]' in path.read_text(encoding="utf-8")
+    read = results.read(path)
+    assert read.rows == [row | {"seconds": [0.123457, 1e-16, 3]}]
+    assert read.settings == {"sizes": [1, 2]}
+
+
 def test_a_benchmark_that_is_none():
     done = run("resnet51")
     assert done.exit_code == 2

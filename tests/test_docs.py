@@ -32,9 +32,6 @@ CONTINUED = ("docs/tutorial.md", "docs/adding-a-kind.md")
 WARNING = ("foolbox", "lightning", "onnx")
 SLOW = ("lightning", "inductor", "onnx")
 
-#: What `python -m bench.page` writes: there as soon as results are.
-WRITTEN_BY_BENCH = ("benchmarks.md", "figures/")
-
 
 def load_hooks():
     spec = importlib.util.spec_from_file_location("docs_hooks", DOCS / "hooks.py")
@@ -150,9 +147,7 @@ def nav(entry):
 
 
 def test_every_page_is_in_the_navigation():
-    generated = {*HOOKS.FROM_ROOT, "benchmarks.md"}
-    assert set(nav(SITE["nav"])) | generated == {path.name for path in DOCS.glob("*.md")} | generated
-    assert generated <= set(nav(SITE["nav"]))
+    assert set(nav(SITE["nav"])) == {path.name for path in DOCS.glob("*.md")} | set(HOOKS.FROM_ROOT)
 
 
 def test_the_build_fetches_nothing_and_a_warning_is_an_error():
@@ -165,17 +160,11 @@ def test_the_build_fetches_nothing_and_a_warning_is_an_error():
 
 
 def test_links_lead_somewhere():
-    results = any((ROOT / "bench/results").glob("resnet50-grid.json"))
     for name, text in PAGES.items():
         folder = (ROOT / name).parent
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
             path = (folder / target).resolve()
-            awaited = (
-                not results
-                and path.is_relative_to(DOCS)
-                and str(path.relative_to(DOCS)).startswith(WRITTEN_BY_BENCH)
-            )
-            assert path.exists() or awaited, f"{name}: {target}"
+            assert path.exists(), f"{name}: {target}"
 
 
 @pytest.mark.parametrize("name", HOOKS.FROM_ROOT)

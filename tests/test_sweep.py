@@ -345,6 +345,12 @@ def test_large_models_are_measured_in_structure_alone():
     assert small.level is Level.NUMERIC
 
 
+def test_bytes_are_those_of_accelerators_whatever_a_constructor_needs(real_costs):
+    """A CPU's cost rule would keep the outputs of this one's small layers; its constructor reads values of tensors."""
+    row = measure("torchvision:regnet_x_400mf", Settings())
+    assert (row.status, row.bytes_tune) == (Status.PASS, row.bytes_deploy)
+
+
 def test_a_seed_is_a_sweep():
     """The same numbers from the same seed, others from another."""
     once, again, other = (

@@ -134,7 +134,7 @@ def measure(name: str, settings: Settings) -> Row:
 
 
 def _without_weights(name: str, seed: int) -> Subject:
-    """The model on the meta device; with weights where its constructor needs the values of tensors."""
+    """The model on the meta device, even where its constructor needs values; your own models as they come."""
     if not of_library(name):
         return _with_weights(name, seed)
     try:
@@ -143,7 +143,9 @@ def _without_weights(name: str, seed: int) -> Subject:
     except UnknownModel:
         raise
     except Exception:  # noqa: BLE001 - constructors need values in every way there is
-        return _with_weights(name, seed)
+        subject = _with_weights(name, seed)
+        subject.model.to("meta")  # the cost rule goes by the device
+        return subject
 
 
 def _with_weights(name: str, seed: int, built_for: int | None = None) -> Subject:
