@@ -16,7 +16,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist w
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-all zoo zoo-structure gate gate-full lint types check docs bench bench-smoke clean
+.PHONY: help setup demo test test-slow test-all zoo zoo-structure gate gate-full lint types check docs dist bench bench-smoke clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
@@ -93,6 +93,9 @@ $(DOCS_READY): $(READY)
 docs: $(DOCS_READY) ## Build the documentation into build/site, where a warning is an error
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "To read it: $(BIN)/python -m http.server --directory build/site"
+
+dist: $(READY) ## Build the wheel and the source archive into dist
+	@$(BIN)/python -m hatchling build --clean --directory dist
 
 BENCHMARKS := resnet50-grid classification detection adversarial pretraining alternatives coefficients theory costs
 
