@@ -18,17 +18,20 @@ def computing_dtype(input: Tensor, conv: Convolution) -> torch.dtype | None:
     own, of_weight = input.dtype, conv.weight.dtype
     of_bias = of_weight if conv.bias is None else conv.bias.dtype
     device_type = input.device.type
-    if _is_enabled(device_type) and (conv.op != "convolution" or device_type in _CAST_CONVOLUTION):
+    cast_to = autocast_state(device_type)
+    if cast_to is not None and (conv.op != "convolution" or device_type in _CAST_CONVOLUTION):
         for dtype in (own, of_weight, of_bias):
             if not dtype.is_floating_point or dtype == torch.float64:  # autocast leaves it as it is
                 return None
-        return torch.get_autocast_dtype(device_type)
+        return cast_to
     return own if own == of_weight == of_bias else None
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """A context in which autocast casts nothing, for code that has chosen its dtypes."""
-    return torch.autocast(device_type, enabled=False) if _is_enabled(device_type) else _NO_CHANGE
+    if autocast_state(device_type) is None:
+        return _NO_CHANGE
+    return torch.autocast(device_type, enabled=False)
 
 
 _NO_CHANGE: Final = nullcontext()
@@ -47,13 +50,11 @@ _CAST_CONVOLUTION: Final = frozenset(
 )
 
 
-def _is_enabled(device_type: str) -> bool:
-    return device_type in _DEVICE_TYPES and torch.is_autocast_enabled(device_type)
-
-
 def autocast_state(device_type: str) -> torch.dtype | None:
     """The dtype that autocast casts to on this device; None where it is off."""
-    return torch.get_autocast_dtype(device_type) if _is_enabled(device_type) else None
+    if device_type in _DEVICE_TYPES and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
 
 
 def in_autocast_state(device_type: str, state: torch.dtype | None) -> AbstractContextManager[Any]:

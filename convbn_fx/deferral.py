@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -56,33 +57,47 @@ class Scope(threading.local):
         """Pickles and copies as a closed one."""
         return Scope, ()
 
-    @contextmanager
-    def opened(self) -> Iterator[None]:
+    def opened(self) -> "_Opening":
         """Opens the scope for one call."""
-        outer = self.surroundings, self.waiting
-        self.depth, self.surroundings, self.waiting = self.depth + 1, _surroundings(), []
-        try:
-            yield
-            for reference in self.waiting:
-                kept = reference()
-                if kept is not None:  # who keeps the output may read it when the weights are others
-                    kept.settle_for_later()
-        finally:
-            self.depth -= 1
-            self.surroundings, self.waiting = outer
+        return _Opening(self)
 
     def is_open_here(self) -> bool:
         """Whether the forward is running, outside of any region in it that is recomputed or has no gradients."""
         return self.depth > 0 and self.surroundings == _surroundings()
 
 
+class _Opening:  # a class, because a generator takes three times as long
+    """A context in which a scope is open."""
+
+    __slots__ = ("outer", "scope")
+
+    def __init__(self, scope: Scope) -> None:
+        self.scope = scope
+
+    def __enter__(self) -> None:
+        scope = self.scope
+        self.outer = scope.surroundings, scope.waiting
+        scope.depth += 1
+        scope.surroundings, scope.waiting = _surroundings(), []
+
+    def __exit__(self, exception: object, *_: object) -> None:
+        scope = self.scope
+        try:
+            for reference in scope.waiting if exception is None else ():
+                kept = reference()
+                if kept is not None:  # who keeps the output may read it when the weights are others
+                    kept.settle_for_later()
+        finally:
+            scope.depth -= 1
+            scope.surroundings, scope.waiting = self.outer
+
+
+_hooks: Final = partial(torch._C._autograd._top_saved_tensors_default_hooks, True)
+
+
 def _surroundings() -> tuple[bool, *tuple[object, ...]]:
     """Grad mode, the hooks on saved tensors by which regions are recomputed or offloaded, and a backward pass."""
     return torch.is_grad_enabled(), _hooks(), torch._C._current_graph_task_id()
-
-
-def _hooks() -> Any:
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 @dataclass
@@ -107,7 +122,7 @@ class Pairing:
         """Whether the convolution may wait now: a frozen batch norm may be next, and nobody looks in between."""
         if not any(map(Scope.is_open_here, self.scopes)) or any(map(kinds.has_hooks, self.watched)):
             return False
-        for parent, name, child in self.places:  # at every call of every pair: no generator
+        for parent, name, child in self.places:
             if parent._modules.get(name) is not child:
                 return False
         if self.only_norm is None and not (self.to_function or any(map(kinds.frozen_kind, self.norms))):
@@ -134,7 +149,7 @@ class Waiting:
     Args:
         input: The input, as the convolution itself takes it (padded, say).
         conv: The other operands.
-        norm: The batch norm that is to come, if only one can; its work is done here.
+        norm: The batch norm that is to come, if only one can. It has no hooks, and its work is done here.
     """
 
     def __init__(self, input: Tensor, conv: Convolution, norm: nn.Module | None) -> None:
@@ -146,7 +161,7 @@ class Waiting:
         self.surroundings = _surroundings()
         self.versions = _versions(input, conv.weight, conv.bias)
         self.normalised: Tensor | None = None
-        self.norm_kind = None if norm is None else frozen_kind(norm)
+        self.norm_kind = None if norm is None else kinds.frozen_kind(norm)
         if norm is not None and self.norm_kind is not None:
             self.norm_operands = batch_norm_operands(norm, self.norm_kind)
             self.norm_versions = _versions(*self.norm_operands[:4])
@@ -276,9 +291,8 @@ def waiting_in(value: Any) -> Waiting | None:
 
 def settled(value: Any) -> Any:
     """The value, with every deferred convolution in it (in tuples, lists and dicts too) replaced by its output."""
-    waiting = waiting_in(value)
-    if waiting is not None:
-        return waiting.settled()
+    if type(value) is Deferred:
+        return value._waiting.settled()
     if not isinstance(value, (tuple, list, dict)):
         return value
     # Most often the arguments of a forward: tensors, and nothing inside of them.

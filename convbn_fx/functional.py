@@ -67,7 +67,7 @@ def conv_batch_norm(
     proxies = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.fx.Proxy)]
     if proxies:  # somebody traces a rewritten graph again (unpickling does): stay one node
         return handle_torch_function(conv_batch_norm, proxies, conv, norm, *args, **kwargs)
-    if len(args) == 1 and are_cheaper_apart(conv, norm, *args):
+    if len(args) == 1 and not torch.compiler.is_compiling() and are_cheaper_apart(conv, norm, *args):
         return batch_norm(norm, convolution(conv, *args, **kwargs))
     norm_kind = frozen_kind(norm)
     if norm_kind is not None and (read := _convolution_reader(conv)) is not None:
@@ -142,14 +142,14 @@ def frozen_kind(norm: nn.Module | BatchNorm) -> BatchNormKind | None:
 def are_cheaper_apart(conv: nn.Module | Convolution, norm: nn.Module | BatchNorm, input: Any) -> bool:
     """Whether sizes say at once that convolution and batch norm are best called as they are.
 
-    That is right at any call. It is asked first because it takes a tenth of the time of making sure that the two
-    may be one; and such pairs are small, so that this time counts.
+    That is right at any call that no compiler captures. It is asked first because it takes a tenth of the time of
+    making sure that the two may be one; and such pairs are small, so that this time counts.
     """
     if type(input) is not Tensor or not (isinstance(conv, nn.Module) and isinstance(norm, nn.Module)):
         return False
     if kinds.class_of(conv) not in _SIZED_BY_ATTRIBUTES:
         return False
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if torch._C._get_tracing_state() is not None:
         return False
     weight = conv._parameters.get("weight")
     if weight is None or 4 * weight.numel() < input.numel() or input.ndim != weight.ndim:
@@ -222,8 +222,10 @@ def _saved_for_gamma(input: Tensor, conv: Convolution) -> int:
 
 def _eval_mode_saves_the_output_alone(input: Tensor, conv: Convolution) -> bool:
     """Whether Eval mode would save the convolution's output, for gamma, and not its input: little else trains."""
-    others = (conv.weight,) if conv.op == "linear" else (input, conv.weight, conv.bias)
-    return not any(tensor is not None and tensor.requires_grad for tensor in others)
+    for tensor in (conv.weight,) if conv.op == "linear" else (conv.weight, input, conv.bias):
+        if tensor is not None and tensor.requires_grad:
+            return False
+    return True
 
 
 def _are_ordinary(
@@ -233,16 +235,14 @@ def _are_ordinary(
     statistics_dtype = norm.running_var.dtype
     if dtype not in _FUSED or statistics_dtype not in _FUSED[dtype] or (promotes and is_half(dtype)):
         return False
-    if not (_is_plain(input) and _is_plain(conv.weight) and input.numel()):
+    if not _are_plain(input, conv.weight, conv.bias, *norm[:4]):
         return False
     shape = (output_channels(conv),)
-    if conv.bias is not None and not (_is_plain(conv.bias) and conv.bias.shape == shape):
-        return False
     for vector in norm[:4]:
-        if vector is not None and not (
-            vector.dtype == statistics_dtype and vector.shape == shape and _is_plain(vector)
-        ):
+        if vector is not None and not (vector.dtype == statistics_dtype and vector.shape == shape):
             return False
+    if not input.numel() or (conv.bias is not None and conv.bias.shape != shape):
+        return False
     return not (norm.running_mean.requires_grad or norm.running_var.requires_grad)
 
 
@@ -258,7 +258,13 @@ _FUSED: Final = {
 _PLAIN: Final = frozenset({Tensor, nn.Parameter})
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether the tensor is a dense one, of a class that gives no function a meaning of its own."""
-    known = type(tensor) in _PLAIN or isinstance(tensor, (FakeTensor, FunctionalTensor))
-    return known and tensor.layout is torch.strided
+def _are_plain(*tensors: Tensor | None) -> bool:
+    """Whether the tensors are dense ones, of classes that give no function a meaning of its own."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN and not isinstance(tensor, (FakeTensor, FunctionalTensor)):
+            return False
+        if tensor.layout is not torch.strided:
+            return False
+    return True

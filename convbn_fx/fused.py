@@ -8,7 +8,7 @@ output is the larger of the two it goes to the weight. Where the weight is, it s
 float16 and bfloat16, because there a scaled weight would overflow, or be rounded, where Eval mode's output is neither.
 """
 
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -37,16 +37,6 @@ _SMALLEST_DIVISOR: Final = 2.0**-7
 
 
 _CONVOLUTION_BACKWARD: Final = torch.ops.aten.convolution_backward.default
-
-
-class _Wanted(NamedTuple):
-    """Which operands a gradient is wanted for."""
-
-    input: bool
-    weight: bool
-    bias: bool
-    gamma: bool
-    beta: bool
 
 
 def fused_convolution(input: Tensor, conv: Convolution, norm: BatchNorm, scale_on_output: bool) -> Tensor:
@@ -82,11 +72,11 @@ class _FusedConvolution(torch.autograd.Function):
         norm: BatchNorm,
         scale_on_output: bool,
     ) -> Tensor:
-        wanted = _Wanted(*ctx.needs_input_grad[:5])
+        wants_input, wants_weight, _, wants_gamma, _, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
-            input if wanted.weight or wanted.gamma else None,
-            weight if wanted.input or wanted.gamma else None,
-            bias if wanted.gamma else None,
+            input if wants_weight or wants_gamma else None,
+            weight if wants_input or wants_gamma else None,
+            bias if wants_gamma else None,
             gamma,
             norm.running_mean,
             norm.running_var,
@@ -112,52 +102,50 @@ class _FusedConvolution(torch.autograd.Function):
 
 def _gradients_of_folded(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of input, weight, bias, gamma and beta, where the scale went to the weight."""
-    wanted = _Wanted(*ctx.needs_input_grad[:5])
+    wants_input, wants_weight, wants_bias, wants_gamma, wants_beta, *_ = ctx.needs_input_grad
     input, weight, bias, gamma, running_mean, running_var = ctx.saved_tensors
     conv = Convolution(ctx.conv.op, weight, bias, *ctx.conv[3:])
     norm = BatchNorm(running_mean, running_var, gamma, None, ctx.eps)
     fold = folding(conv, norm)
-    fused_weight = fold.weight() if wanted.input else None
+    fused_weight = fold.weight() if wants_input else None
     grad_input, grad_weight = _convolution_backward(ctx, grad_output, input, fused_weight)
-    grad_shift = _sum_over_positions(grad_output) if wanted.bias or wanted.gamma or wanted.beta else None
-    gradients = fold.gradients(
-        grad_weight, grad_shift, fused_weight, wanted.weight, wanted.bias, wanted.gamma
-    )
-    return grad_input, *gradients, grad_shift if wanted.beta else None
+    grad_shift = _sum_over_positions(grad_output) if wants_bias or wants_gamma or wants_beta else None
+    gradients = fold.gradients(grad_weight, grad_shift, fused_weight, wants_weight, wants_bias, wants_gamma)
+    return grad_input, *gradients, grad_shift if wants_beta else None
 
 
 def _gradients_of_scaled(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of input, weight, bias, gamma and beta, where the scale stayed on the output."""
-    wanted = _Wanted(*ctx.needs_input_grad[:5])
+    wants_input, wants_weight, wants_bias, wants_gamma, wants_beta, *_ = ctx.needs_input_grad
     conv: Convolution = ctx.conv
     input, weight, bias, gamma, running_mean, running_var = ctx.saved_tensors
     # As the convolution saw them:
     weight, bias = _to(ctx.input_dtype, weight), _to(ctx.input_dtype, bias)
     inverse = inverse_deviation(running_var, ctx.eps)
     scale = scale_of(gamma, inverse)
-    from_weight = wanted.gamma and wanted.weight  # then gamma's gradient comes out of the weight's
+    from_weight = wants_gamma and wants_weight  # then gamma's gradient comes out of the weight's
     output_scale, weight_scale = _sides(scale) if from_weight else (scale, None)
     fused_weight = weight if weight_scale is None or weight is None else scaled(weight, weight_scale, conv)
     grad_input, grad_weight = _convolution_backward(
         ctx,
         _on_channels(grad_output, output_scale),
-        input if wanted.weight else None,
-        fused_weight if wanted.input else None,
+        input if wants_weight else None,
+        fused_weight if wants_input else None,
     )
     grad_shift: Any = None
     grad_bias = grad_gamma = None
-    if wanted.bias or wanted.beta or from_weight:
+    if wants_bias or wants_beta or from_weight:
         grad_shift = _sum_over_positions(grad_output)
-        grad_bias = scale * grad_shift if wanted.bias else None
+        grad_bias = scale * grad_shift if wants_bias else None
     if from_weight:
         per_scale = products(at_least_float32(grad_weight), at_least_float32(weight), conv) / output_scale
         grad_gamma = plus_centred(per_scale, grad_shift, bias, running_mean) * inverse
-    if wanted.gamma and (not from_weight or (is_half(ctx.input_dtype) and _overflowed(grad_gamma))):
+    if wants_gamma and (not from_weight or (is_half(ctx.input_dtype) and _overflowed(grad_gamma))):
         norm = BatchNorm(running_mean, running_var, gamma, None, ctx.eps)
         grad_gamma = _gradient_of_gamma(conv._replace(weight=weight, bias=bias), norm, input, grad_output)
     if grad_weight is not None and weight_scale is not None:
         grad_weight = scaled(grad_weight, weight_scale, conv)
-    gradients = (grad_weight, grad_bias, grad_gamma, grad_shift if wanted.beta else None)
+    gradients = (grad_weight, grad_bias, grad_gamma, grad_shift if wants_beta else None)
     return grad_input, *(
         _to(dtype, gradient) for gradient, dtype in zip(gradients, ctx.parameter_dtypes, strict=True)
     )

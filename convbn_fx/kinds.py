@@ -90,12 +90,11 @@ class BatchNormKind:
 
     def has_statistics(self, module: nn.Module) -> bool:
         """Whether the module has running statistics to normalise by in Eval mode."""
-        # At every call of every pair: most often they are buffers, and no generator is needed to see it.
         buffers = module._buffers
-        known = [name for name in self.statistics if buffers.get(name) is not None]
-        return len(known) == len(self.statistics) or all(
-            getattr(module, name) is not None for name in self.statistics
-        )
+        for name in self.statistics:  # noqa: SIM110 - at every call of every pair: no generator
+            if buffers.get(name) is None and getattr(module, name) is None:
+                return False
+        return True
 
     def accepts(self, rank: int) -> bool:
         """Whether an input of `rank` dimensions is one that the forward accepts."""

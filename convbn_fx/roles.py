@@ -7,7 +7,7 @@ convolution may wait when is decided in [`deferral`][convbn_fx.deferral].
 import functools
 import types
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, Final
 
 import torch
@@ -30,16 +30,16 @@ def _convolution_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return original(self, *args, **kwargs)
+        args, kwargs = settled(args), settled(kwargs) if kwargs else kwargs
         pairing = vars(self).get(PAIRING)
-        if pairing is not None and len(args) == 1 and not kwargs and pairing.are_cheaper_apart(self, *args):
-            return original(self, *args)
+        if pairing is None or (len(args) == 1 and not kwargs and pairing.are_cheaper_apart(self, *args)):
+            return original(self, *args, **kwargs)
         kind = kinds.convolution_kind(self)
-        if pairing is not None and kind is not None and pairing.allows():
-            args, kwargs = settled(args), settled(kwargs)
+        if kind is not None and pairing.allows():
             deferred = defer(*kind.operands(self, *args, **kwargs), pairing)
             if deferred is not None:
                 return deferred
-        return original(self, *settled(args), **settled(kwargs))
+        return original(self, *args, **kwargs)
 
     return forward
 
@@ -64,8 +64,11 @@ def _owning_method(original: Callable[..., Any]) -> Callable[..., Any]:
         scope, calls = vars(self).get(SCOPE), vars(self).get(FUNCTION_CALLS)
         if scope is None or torch.compiler.is_compiling():
             return original(self, *args, **kwargs)
-        with scope.opened(), nullcontext() if calls is None else calls.mode():
-            return settled(original(self, *args, **kwargs))
+        with scope.opened():
+            if calls is None:
+                return settled(original(self, *args, **kwargs))
+            with calls.mode():
+                return settled(original(self, *args, **kwargs))
 
     return method
 
