@@ -14,9 +14,11 @@ import typer
 from rich.console import Console
 from typer import Argument, Option
 
+from convbn_fx import drawing, plotting, presentation
 from convbn_fx import gate as gating
-from convbn_fx import plotting, presentation
+from convbn_fx.drawing import CannotDraw
 from convbn_fx.inspection import inspect_model
+from convbn_fx.tracing import TracingError
 from convbn_fx.zoo import page, results, running, summary
 from convbn_fx.zoo.architectures import Subject, UnknownModel, UnknownSuite, load, matches
 from convbn_fx.zoo.architectures import suite as models_of
@@ -66,6 +68,10 @@ ReportHtmlOption = Annotated[Path | None, Option(help="Write a page with the tab
 PlotOption = Annotated[
     Path | None, Option(help="Write a picture (png, svg or pdf): memory layer by layer, the coefficients.")
 ]
+GraphOption = Annotated[
+    Path | None,
+    Option(help="Draw the graph, if it can be traced, before and after (dot, png, svg or pdf); needs pydot."),
+]
 
 
 @app.command(epilog="Example: convbn-fx report timm:resnet50 --batch 32 --size 224 --plot memory.png")
@@ -78,6 +84,7 @@ def report(
     as_json: JsonOption = False,
     html: ReportHtmlOption = None,
     plot: PlotOption = None,
+    graph: GraphOption = None,
 ) -> None:
     """Tell what Tune mode does to a model: its pairs, the bytes they save, what is left and why.
 
@@ -86,11 +93,12 @@ def report(
     Exits with 1 if --check finds a difference, with 2 if there is no such model.
     """
     with _failures_explained():
-        if plot is not None and plot.suffix.lower() not in plotting.FORMATS:
-            raise Unusable(
-                f"no picture can be written as {plot.name}; the formats are {', '.join(plotting.FORMATS)}"
-            )
-        _writable(html, plot)
+        for picture, formats in ((plot, plotting.FORMATS), (graph, drawing.FORMATS)):
+            if picture is not None and picture.suffix.lower() not in formats:
+                raise Unusable(
+                    f"no picture can be written as {picture.name}; the formats are {', '.join(formats)}"
+                )
+        _writable(html, plot, graph)
         subject = load(model, pretrained=pretrained)
         if not subject.resizable and (batch or size):
             raise Unusable(f"{model} brings its own inputs; --batch and --size are for models that do not")
@@ -101,6 +109,8 @@ def report(
             presentation.write_html(inspection, html)
         if plot is not None:
             plotting.plot(inspection, plot)
+        if graph is not None:
+            drawing.draw(subject.model, graph)
         numbers = _checked(subject, pretrained) if check else None
 
     console = _console()
@@ -277,12 +287,15 @@ def _console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=200)
 
 
+_FAILURES = (UnknownModel, UnknownSuite, ResultsError, ClusterError, Unusable, CannotDraw, TracingError)
+
+
 @contextmanager
 def _failures_explained() -> Iterator[None]:
     """Turns what is wrong with a command or its files into one line and an exit status."""
     try:
         yield
-    except (UnknownModel, UnknownSuite, ResultsError, ClusterError, Unusable) as error:
+    except _FAILURES as error:
         _give_up(str(error))
     except OSError as error:
         if error.filename is None:

@@ -115,6 +115,13 @@ def test_report_writes_pages_and_pictures(tmp_path):
     assert "<svg" in picture.read_text()
 
 
+def test_report_draws_the_graph(tmp_path):
+    run("report", "zoo_models:small", "--size", 20, "--graph", tmp_path / "graph.dot")
+    before, after = ((tmp_path / f"graph-{which}.dot").read_text() for which in ("before", "after"))
+    assert "conv_batch_norm" not in before
+    assert "conv_batch_norm" in after
+
+
 def test_report_checks():
     facts = json.loads(run("report", "zoo_models:small", "--size", 20, "--check", "--json").stdout)
     assert facts["check"]["passed"]
@@ -183,6 +190,7 @@ def test_trained_weights_are_asked_for():
         (["sweep", "--from", "no/such/results.csv"], "cannot be read"),
         (["report", "zoo_models:small", "--html", "."], "is a folder"),
         (["report", "zoo_models:small", "--plot", "picture.jpg"], "the formats are"),
+        (["report", "zoo_models:small", "--graph", "graph.jpg"], "the formats are"),
         (["report", "zoo_models:small", "--html", "/dev/null/page.html"], "/dev/null"),
         (["gate", "no/such/results.csv", "--expected", "e.csv"], "cannot be read"),
     ],
