@@ -16,7 +16,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist w
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-all zoo zoo-structure gate gate-full lint types check docs dist bench bench-smoke clean
+.PHONY: help setup demo test test-slow test-all test-torch zoo zoo-structure gate gate-full lint types check docs dist bench bench-smoke clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
@@ -47,6 +47,17 @@ test-slow: $(READY) ## Run the slow tests
 	@$(PYTEST) -m slow
 
 test-all: test test-slow ## Run every test
+
+# The oldest version that is still to be had as a build for CPUs alone. Its torchvision is not, so that the tests that
+# need one are left out; pytest's first lines name them.
+TORCH := 2.13.0
+
+test-torch: ## Run the tests that need torch alone on another version: make test-torch TORCH=2.13.0+cpu
+	@rm -rf build/torch && $(PYTHON) -m venv build/torch
+	@grep -viE '^(torch|triton|nvidia|cuda|timm)' constraints.txt >build/torch/constraints.txt
+	@build/torch/bin/python -m pip install --quiet --disable-pip-version-check --constraint build/torch/constraints.txt \
+		'torch==$(TORCH)' numpy hypothesis pytest pytest-timeout pytest-xdist
+	@OMP_NUM_THREADS=1 build/torch/bin/python -m pytest --numprocesses auto --dist worksteal
 
 # A process for each processor, and in each model's process one thread: the same sums in the same order everywhere.
 SWEEP := $(BIN)/convbn-fx sweep

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import Phase, settings
+from torch_alone import left_out
 
 from convbn_fx import costs
 
@@ -25,6 +26,13 @@ settings.register_profile(
 )
 settings.register_profile("thorough", settings.get_profile("dev"), max_examples=1500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+collect_ignore = left_out()
+
+
+def pytest_report_header(config):
+    return f"{len(collect_ignore)} files left out: {' '.join(collect_ignore)}" if collect_ignore else None
 
 
 def pytest_configure(config):
