@@ -370,6 +370,39 @@ def test_training_saves_what_the_transformed_graph_saves(inner):
     assert saved_bytes(candidate, x) <= saved_bytes(transform(symbolic_trace(model)), x)
 
 
+@pytest.mark.parametrize("inner", ["aot_eager", "aot_eager_decomp_partition"])
+def test_the_partitioner_saves_no_fused_weight(inner):
+    """Left to itself it saves that of every pair, which here weighs more than all that flows."""
+    model = prepared(
+        nn.Sequential(
+            *(nn.Conv2d(3, 64, 3, padding=1), nn.BatchNorm2d(64), nn.Tanh()),
+            *(nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.Tanh()),
+            *(nn.ConvTranspose2d(64, 16, 3, groups=2), nn.BatchNorm2d(16)),
+        )
+    )
+    candidate = compiled(model, inner)
+    x = data(2, 3, 6, 6)
+    assert_equivalent(model, candidate, x)
+    assert saved_bytes(candidate, x) == saved_bytes(deploy(model), x)
+
+
+def test_a_region_that_is_recomputed_as_a_whole_stays_one():
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Tanh(), nn.Conv2d(8, 8, 3))
+            self.last = nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            return self.last(checkpoint(self.inside, x, use_reentrant=False))
+
+    model = prepared(Checkpointed())
+    candidate = compiled(model, "aot_eager")
+    x = data(2, 3, 12, 12)
+    assert_equivalent(model, candidate, x)
+    assert saved_bytes(candidate, x) < saved_bytes(compiled(model.inside, "aot_eager"), x)
+
+
 def test_training_a_large_layer_saves_its_input_alone():
     model = prepared(Pair(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)))
     candidate = compiled(model)
