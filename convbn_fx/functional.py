@@ -172,7 +172,14 @@ _SIZED_BY_ATTRIBUTES: Final = frozenset({nn.Conv1d, nn.Conv2d, nn.Conv3d})
 def _in_best_form(input: Tensor, conv: Convolution, norm: BatchNorm, dtype: torch.dtype) -> Tensor | None:
     """Fused in the form that suits the call; None where Eval mode's two steps are better."""
     if _is_compiled(input):  # saves as little as the fused form, whatever the sizes
-        return None if is_half(dtype) else _formula(input, conv, norm)
+        if not is_half(dtype):
+            return _formula(input, conv, norm)
+        # In float16 gamma's gradient may need a second look at its values, which a graph cannot take.
+        if dtype is not torch.bfloat16 or not (
+            _captures_both_passes(input) and _wants_gradient(input, conv, norm)
+        ):
+            return None
+        return fused_convolution(rounded(input, dtype), conv, norm, True)
     size = output_size(input, conv.weight, conv)
     if _is_transformed() or not _wants_gradient(input, conv, norm):
         return None if is_half(dtype) or conv.weight.numel() > size else _formula(input, conv, norm)
@@ -197,6 +204,11 @@ def _formula(input: Tensor, conv: Convolution, norm: BatchNorm) -> Tensor:
 def _is_compiled(input: Tensor) -> bool:
     """Whether a compiler captures the operations."""
     return torch.compiler.is_compiling() or isinstance(input, FunctionalTensor)
+
+
+def _captures_both_passes(input: Tensor) -> bool:
+    """Whether that is AOT Autograd: neither Dynamo, which comes before it, nor an export, which keeps the forward."""
+    return isinstance(input, FunctionalTensor) and not (torch.compiler.is_exporting() or _is_transformed())
 
 
 def _is_transformed() -> bool:
