@@ -163,7 +163,7 @@ class Waiting:
         self.normalised: Tensor | None = None
         self.norm_kind = None if norm is None else kinds.frozen_kind(norm)
         if norm is not None and self.norm_kind is not None:
-            self.norm_operands = batch_norm_operands(norm, self.norm_kind)
+            self.norm_operands = self.norm_kind.operands(norm)
             self.norm_versions = _versions(*self.norm_operands[:4])
             self.normalised = normalised_convolution(input, conv, self.norm_operands, self.norm_kind)
 
@@ -202,19 +202,25 @@ class Waiting:
 
     def taken_by(self, norm: nn.Module | BatchNorm) -> Tensor | None:
         """What the batch norm makes of the output; None where it has to look at the output itself."""
+        if self.output is not None or self.surroundings != _surroundings():
+            return None
+        if self.autocast != autocast_state(self.input.device.type):
+            return None
+        if norm is self.norm and self._has_done_what_it_would_do_now():
+            return finished(self.norm, self.norm_kind, self.normalised)  # type: ignore[arg-type]
+        # Which one would come was not known, or it computes its operands anew whenever they are read.
         kind = frozen_kind(norm)
-        if self.output is not None or kind is None:
+        if kind is None or not self._is_unchanged():
             return None
-        if self.autocast != autocast_state(self.input.device.type) or self.surroundings != _surroundings():
-            return None
-        operands = batch_norm_operands(norm, kind)
-        normalised = None
-        if self.norm is None:  # which one would come was not known
-            if self._is_unchanged():
-                normalised = normalised_convolution(self.input, self.conv, operands, kind)
-        elif self.norm is norm and self.norm_kind is kind and self._were_read(operands):
-            normalised = self.normalised
+        normalised = normalised_convolution(self.input, self.conv, batch_norm_operands(norm, kind), kind)
         return None if normalised is None else finished(norm, kind, normalised)
+
+    def _has_done_what_it_would_do_now(self) -> bool:
+        """Whether the batch norm's work is done, and nothing has changed since."""
+        norm, kind = self.norm, self.norm_kind
+        if norm is None or kind is None or self.normalised is None or kinds.has_hooks(norm):
+            return False
+        return (kind.always_frozen or not norm.training) and self._were_read(kind.operands(norm))
 
     def _is_unchanged(self) -> bool:
         """Whether the convolution would still compute what it would have when it was called."""

@@ -4,6 +4,7 @@ The arithmetic is in [`arithmetic`][convbn_fx.arithmetic], its autograd in [`fus
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Final
 
@@ -25,6 +26,7 @@ from convbn_fx.fused import fused_convolution
 from convbn_fx.geometry import output_size
 from convbn_fx.kinds import BatchNormKind
 from convbn_fx.operands import BatchNorm, Convolution
+from convbn_fx.recomputation import recomputed_in_backward
 
 __all__ = ["conv_batch_norm", "fold"]
 
@@ -155,8 +157,15 @@ _SIZED_BY_ATTRIBUTES: Final = frozenset({nn.Conv1d, nn.Conv2d, nn.Conv3d})
 
 def _in_best_form(input: Tensor, conv: Convolution, norm: BatchNorm, dtype: torch.dtype) -> Tensor | None:
     """Fused in the form that suits the call; None where Eval mode's two steps are better."""
-    if _is_compiled(input):  # compilers recompute what is cheap, whatever the sizes
-        return None if is_half(dtype) else _formula(input, conv, norm)
+    if _is_compiled(input):  # saves as little as the fused form, whatever the sizes
+        if not is_half(dtype):
+            return _formula(input, conv, norm)
+        # In float16 gamma's gradient may need a second look at its values, which a graph cannot take.
+        if dtype is not torch.bfloat16 or not (
+            _captures_both_passes(input) and _wants_gradient(input, conv, norm)
+        ):
+            return None
+        return fused_convolution(rounded(input, dtype), conv, norm, True)
     size = output_size(input, conv.weight, conv)
     if _is_transformed() or not _wants_gradient(input, conv, norm):
         return None if is_half(dtype) or conv.weight.numel() > size else _formula(input, conv, norm)
@@ -173,12 +182,19 @@ def _in_best_form(input: Tensor, conv: Convolution, norm: BatchNorm, dtype: torc
 
 def _formula(input: Tensor, conv: Convolution, norm: BatchNorm) -> Tensor:
     """The folded convolution as plain operations."""
-    return convolution(Convolution(conv.op, *fold(conv, norm), *conv[3:]), input)
+    with recomputed_in_backward() if isinstance(input, FunctionalTensor) else nullcontext():
+        parameters = fold(conv, norm)
+    return convolution(Convolution(conv.op, *parameters, *conv[3:]), input)
 
 
 def _is_compiled(input: Tensor) -> bool:
     """Whether a compiler captures the operations."""
     return torch.compiler.is_compiling() or isinstance(input, FunctionalTensor)
+
+
+def _captures_both_passes(input: Tensor) -> bool:
+    """Whether that is AOT Autograd: neither Dynamo, which comes before it, nor an export, which keeps the forward."""
+    return isinstance(input, FunctionalTensor) and not (torch.compiler.is_exporting() or _is_transformed())
 
 
 def _is_transformed() -> bool:

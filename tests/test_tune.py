@@ -1499,3 +1499,23 @@ def test_no_warnings():
         warnings.simplefilter("always")
         tune(net())(X)
     assert not caught
+
+
+class Exponential(nn.Module):
+    def forward(self, x):
+        return x.exp()
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_batch_norm_whose_parameters_are_computed_at_each_call_saves_as_little(name):
+    def model():
+        conv, norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        parametrize.register_parametrization(norm, name, Exponential())
+        return prepared(nn.Sequential(conv, norm))
+
+    torch.manual_seed(0)
+    original = model()
+    tuned = tune(original)
+    image = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    assert_equivalent(original, tuned, image)
+    assert saved_bytes(tuned, image) < 0.5 * saved_bytes(original, image)
