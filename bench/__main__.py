@@ -3,6 +3,7 @@
 import importlib
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -10,7 +11,7 @@ import torch
 import typer
 from typer import Argument, Option
 
-from bench.environment import describe
+from bench.environment import describe, processor_ticks
 from bench.results import Options, Result
 
 #: The benchmarks, in the order of the page; each is a module with `run`, `tables` and `plot`.
@@ -67,7 +68,9 @@ def main(
         raise typer.BadParameter("there is no CUDA device here")
     options = Options(device, smoke, seconds, seeds, image_folder, checkpoint, eps)
     module = module_of(benchmark)
+    before = processor_ticks()
     settings, rows, notes = module.run(options)
+    notes = [*notes, *_stolen(before, processor_ticks())]
     command = f"python -m bench {shlex.join(sys.argv[1:])}"
     result = Result(benchmark, command, describe(device), settings, rows, notes)
     if json is not None:
@@ -75,6 +78,13 @@ def main(
     if plot is not None:
         module.plot(result).savefig(plot)
     typer.echo("\n".join([*module.tables(result), *[f"{note}\n" for note in result.notes]]))
+
+
+def _stolen(before: tuple[int, int] | None, after: tuple[int, int] | None) -> Iterator[str]:
+    """How much a reader may trust the times."""
+    if before is not None and after is not None and after[1] > before[1]:
+        share = (after[0] - before[0]) / (after[1] - before[1])
+        yield f"While this ran, the machine's host took {100 * share:.1f} % of the processors' time for others."
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ class Case(NamedTuple):
 
 
 def better_than_tune(cases: Iterable[Case]) -> Iterator[str]:
-    """Names the contenders that save less, or take less time in three rounds of four, and where.
+    """Names the contenders that take less memory, or less time in three rounds of four, and where.
 
     Args:
         cases: What was compared.
@@ -44,7 +44,7 @@ def better_than_tune(cases: Iterable[Case]) -> Iterator[str]:
         for contender, of_tune in _time_ratios(case):
             if of_tune.upper < 1:
                 faster.setdefault(contender, []).append(f"{case.label} ({of_tune.median:.2f})")
-    for advantage, found in (("saves less", smaller), ("takes less time", faster)):
+    for advantage, found in (("takes less memory", smaller), ("takes less time", faster)):
         for contender, places in found.items():
             yield f"{contender} {advantage}, in parts of Tune's: {'; '.join(places)}."
 

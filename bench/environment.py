@@ -27,6 +27,19 @@ def describe(device: str = "cpu") -> dict[str, str | int]:
     }
 
 
+def processor_ticks() -> tuple[int, int] | None:
+    """What the processors have done since they were started, in ticks of the system.
+
+    Returns:
+        Ticks in which the host of a virtual machine ran something else, and all of them; None where nobody counts.
+    """
+    statistics = Path("/proc/stat")
+    if not statistics.exists():
+        return None
+    ticks = [int(field) for field in statistics.read_text().splitlines()[0].split()[1:9]]
+    return ticks[-1], sum(ticks)
+
+
 def _cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists() and (match := re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())):

@@ -57,19 +57,20 @@ class Result:
     def write(self, path: Path) -> None:
         """Writes the result as JSON: numbers to six digits, a list of numbers on one line."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(_to_six_digits(asdict(self)), indent=1, allow_nan=False)
+        text = json.dumps(to_six_digits(asdict(self)), indent=1, allow_nan=False)
         path.write_text(_NUMBERS.sub(lambda found: " ".join(found[0].split()), text) + "\n", encoding="utf-8")
 
 
 _NUMBERS: Final = re.compile(r"\[[-+\d.e,\s]+\]")
 
 
-def _to_six_digits(value: Any) -> Any:
+def to_six_digits(value: Any) -> Any:
+    """The value with every number in it rounded, as files have it."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, Mapping):
-        return {key: _to_six_digits(each) for key, each in value.items()}
-    return [_to_six_digits(each) for each in value] if isinstance(value, list | tuple) else value
+        return {key: to_six_digits(each) for key, each in value.items()}
+    return [to_six_digits(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def read(path: Path) -> Result:

@@ -171,15 +171,8 @@ _SIZED_BY_ATTRIBUTES: Final = frozenset({nn.Conv1d, nn.Conv2d, nn.Conv3d})
 
 def _in_best_form(input: Tensor, conv: Convolution, norm: BatchNorm, dtype: torch.dtype) -> Tensor | None:
     """Fused in the form that suits the call; None where Eval mode's two steps are better."""
-    if _is_compiled(input):  # saves as little as the fused form, whatever the sizes
-        if not is_half(dtype):
-            return _formula(input, conv, norm)
-        # In float16 gamma's gradient may need a second look at its values, which a graph cannot take.
-        if dtype is not torch.bfloat16 or not (
-            _captures_both_passes(input) and _wants_gradient(input, conv, norm)
-        ):
-            return None
-        return fused_convolution(rounded(input, dtype), conv, norm, True)
+    if _is_compiled(input):
+        return _captured(input, conv, norm, dtype)
     size = output_size(input, conv.weight, conv)
     if _is_transformed() or not _wants_gradient(input, conv, norm):
         return None if is_half(dtype) or conv.weight.numel() > size else _formula(input, conv, norm)
@@ -194,9 +187,21 @@ def _in_best_form(input: Tensor, conv: Convolution, norm: BatchNorm, dtype: torc
     return fused_convolution(rounded(input, dtype), conv, norm, form is Form.SCALED or is_half(dtype))
 
 
+def _captured(input: Tensor, conv: Convolution, norm: BatchNorm, dtype: torch.dtype) -> Tensor | None:
+    """Fused in the form that suits a compiler, whatever the sizes; None where Eval mode's two steps are better."""
+    if not is_half(dtype):
+        return _formula(input, conv, norm)
+    # In float16 gamma's gradient may need a second look at its values, which a graph cannot take.
+    if dtype is not torch.bfloat16 or not _captures_both_passes(input):
+        return None
+    if not _wants_gradient(input, conv, norm) or _eval_mode_saves_the_output_alone(input, conv):
+        return None
+    return fused_convolution(rounded(input, dtype), conv, norm, scale_on_output=True)
+
+
 def _formula(input: Tensor, conv: Convolution, norm: BatchNorm) -> Tensor:
     """The folded convolution as plain operations."""
-    with recomputed_in_backward() if isinstance(input, FunctionalTensor) else nullcontext():
+    with recomputed_in_backward() if _captures_both_passes(input) else nullcontext():
         parameters = fold(conv, norm)
     return convolution(Convolution(conv.op, *parameters, *conv[3:]), input)
 
@@ -207,7 +212,7 @@ def _is_compiled(input: Tensor) -> bool:
 
 
 def _captures_both_passes(input: Tensor) -> bool:
-    """Whether that is AOT Autograd: neither Dynamo, which comes before it, nor an export, which keeps the forward."""
+    """Whether AOT Autograd does: not Dynamo, which comes before it, nor an export, which keeps the forward alone."""
     return isinstance(input, FunctionalTensor) and not (torch.compiler.is_exporting() or _is_transformed())
 
 

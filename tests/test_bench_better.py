@@ -12,7 +12,7 @@ def sentences(bytes_, seconds):
 
 def test_who_saves_less_is_named():
     assert sentences({EVAL: 200, TUNE: 100, DEPLOY: 98}, {}) == [
-        "Deploy saves less, in parts of Tune's: here (0.98)."
+        "Deploy takes less memory, in parts of Tune's: here (0.98)."
     ]
 
 
@@ -42,5 +42,5 @@ def test_tune_mode_under_a_compiler_is_tune_mode():
 def test_all_places_are_in_one_sentence():
     cases = [Case(label, {TUNE: 100, DEPLOY: 50}, {}) for label in ("here", "there")]
     assert list(better_than_tune(cases)) == [
-        "Deploy saves less, in parts of Tune's: here (0.50); there (0.50)."
+        "Deploy takes less memory, in parts of Tune's: here (0.50); there (0.50)."
     ]

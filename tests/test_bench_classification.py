@@ -30,7 +30,7 @@ def test_rows(result, tmp_path):
         assert len(each["losses"]) == len(each["seconds"]) == result.settings[steps]
         assert each["accuracy"] is None or 0 <= each["accuracy"] <= 1
     result.write(tmp_path / "result.json")
-    assert results.read(tmp_path / "result.json").rows == result.rows
+    assert results.read(tmp_path / "result.json").rows == results.to_six_digits(result.rows)
 
 
 def test_tune_is_eval_and_deploy_is_not(result):

@@ -55,7 +55,7 @@ def test_rows(result, tmp_path):
     }
     assert second["values"] == pytest.approx(3 * [1 / math.sqrt(1 + 1e-5)], rel=1e-12)
     result.write(tmp_path / "result.json")
-    assert results.read(tmp_path / "result.json").rows == result.rows
+    assert results.read(tmp_path / "result.json").rows == results.to_six_digits(result.rows)
 
 
 def test_every_way_to_keep_a_checkpoint(result, tensors, tmp_path):

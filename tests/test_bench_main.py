@@ -5,7 +5,7 @@ import typer
 from typer.testing import CliRunner
 
 from bench import __main__ as command
-from bench import page, results
+from bench import environment, page, results
 
 app = typer.Typer()
 app.command()(command.main)
@@ -43,6 +43,18 @@ def test_a_list_of_numbers_is_one_line_of_six_digits(tmp_path):
     read = results.read(path)
     assert read.rows == [row | {"seconds": [0.123457, 1e-16, 3]}]
     assert read.settings == {"sizes": [1, 2]}
+
+
+def test_what_the_host_took_is_told():
+    assert list(command._stolen((10, 1000), (35, 2000))) == [
+        "While this ran, the machine's host took 2.5 % of the processors' time for others."
+    ]
+    assert not list(command._stolen(None, None))
+
+
+def test_processor_ticks_count_upwards():
+    before, after = environment.processor_ticks(), environment.processor_ticks()
+    assert before is None or (0 <= before[0] <= before[1] and before <= after)
 
 
 def test_a_benchmark_that_is_none():

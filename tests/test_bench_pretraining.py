@@ -51,7 +51,7 @@ def test_rows(result, tmp_path):
         assert len(row["losses"]) == len(row["seconds"]) == result.settings["steps"] == 9
         assert 0 <= row["accuracy"] <= 1
     result.write(tmp_path / "result.json")
-    assert results.read(tmp_path / "result.json").rows == result.rows
+    assert results.read(tmp_path / "result.json").rows == results.to_six_digits(result.rows)
 
 
 def test_schedules_differ_from_the_first_step_in_tune_mode_on(result):
