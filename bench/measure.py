@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 import convbn_fx
-from bench.contenders import DEPLOY, EVAL, TUNE
+from bench.contenders import DEPLOY, EVAL, TUNE, make
 from bench.timing import take_turns
-from bench.variants import make_variants
 from convbn_fx.memory import saved_bytes
 from convbn_fx.testing import compare, randomize_batchnorms
+
+#: What is compared.
+VARIANTS = (EVAL, TUNE, DEPLOY)
 
 #: What `measure` does, one after the other.
 PHASES = ("fusing", "comparing", "counting bytes", "timing")
@@ -80,7 +82,7 @@ def measure(name: str, model: nn.Module, sizes: Sizes, announce: Callable[[str, 
 
     announce(name, fusing)
     model = randomize_batchnorms(model.eval(), seed=0)
-    variants = make_variants(model)
+    variants = make(model, VARIANTS)
     report = convbn_fx.report(variants[TUNE])
 
     announce(name, comparing)
@@ -116,7 +118,7 @@ def _compare(model: nn.Module, shape: Shape) -> tuple[float, float, list[str]]:
     Returns:
         Tune's worst relative errors of outputs and gradients, and what is wrong, line by line.
     """
-    variants = make_variants(copy.deepcopy(model).double())
+    variants = make(copy.deepcopy(model).double(), VARIANTS)
     image = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     try:
         tune = compare(variants[EVAL], variants[TUNE], image)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import convbn_fx
-from bench.contenders import DEPLOY, EVAL, TUNE
+from bench.contenders import DEPLOY, EVAL, TUNE, make
 from bench.keeping import keeping
 from bench.markdown import NOTHING, megabytes, table
 from bench.models import MODELS
@@ -75,7 +75,7 @@ def run(options: Options) -> tuple[dict[str, Any], list[dict[str, Any]], list[st
 def _rows(name: str, shape: Sequence[int], seconds: float, device: str) -> Iterator[dict[str, Any]]:
     torch.manual_seed(0)
     model = randomize_batchnorms(MODELS[name]().eval(), seed=0)
-    variants = {EVAL: model, TUNE: convbn_fx.tune(model), DEPLOY: convbn_fx.deploy(model)}
+    variants = make(model, (EVAL, TUNE, DEPLOY))
     pairs = {pair: _members(model, pair) for pair in convbn_fx.report(variants[TUNE]).fused}
     recorder = Recorder()
     with recorder.watching(list(pairs.values())):
