@@ -37,7 +37,8 @@ def module_of(benchmark: str) -> Any:
 
     Returns:
         The module. `run(options)` returns `settings, rows, notes`; `tables(result)` its tables in Markdown;
-        `plot(result)` a figure.
+        `plot(result)` a figure; `cases(result)`, where contenders are set against each other, what
+        [`better_than_tune`][bench.better.better_than_tune] is to look at.
     """
     return importlib.import_module(f"bench.{benchmark.replace('-', '_')}")
 

@@ -154,10 +154,9 @@ def are_cheaper_apart(conv: nn.Module | Convolution, norm: nn.Module | BatchNorm
     if torch._C._get_tracing_state() is not None:
         return False
     weight = conv._parameters.get("weight")
+    # An output is seldom smaller than a quarter of the input; if it is, it is found out later.
     if weight is None or 4 * weight.numel() < input.numel() or input.ndim != weight.ndim:
-        return (
-            False  # an output is seldom smaller than a quarter of the input; if it is, it is found out later
-        )
+        return False
     gamma = norm._parameters.get("weight")
     if gamma is None or not gamma.requires_grad:
         return False

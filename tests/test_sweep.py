@@ -345,6 +345,11 @@ def test_large_models_are_measured_in_structure_alone():
     assert small.level is Level.NUMERIC
 
 
+def test_numbers_are_those_of_fused_pairs_however_small_the_images(real_costs):
+    row = measure("timm:resnetv2_18", Settings(level=Level.NUMERIC))
+    assert row.gradient_error > 0  # apart, all would be the same to the bit
+
+
 def test_bytes_are_those_of_accelerators_whatever_a_constructor_needs(real_costs):
     """A CPU's cost rule would keep the outputs of this one's small layers; its constructor reads values of tensors."""
     row = measure("torchvision:regnet_x_400mf", Settings())
