@@ -49,15 +49,17 @@ test-slow: $(READY) ## Run the slow tests
 test-all: test test-slow ## Run every test
 
 # The oldest version that is still to be had as a build for CPUs alone. Its torchvision is not, so that the tests that
-# need one are left out; pytest's first lines name them.
+# need one are left out; pytest's first lines name them. What an older PyTorch deprecates of itself is no error.
 TORCH := 2.13.0
 
 test-torch: ## Run the tests that need torch alone on another version: make test-torch TORCH=2.13.0+cpu
 	@rm -rf build/torch && $(PYTHON) -m venv build/torch
 	@grep -viE '^(torch|triton|nvidia|cuda|timm)' constraints.txt >build/torch/constraints.txt
 	@build/torch/bin/python -m pip install --quiet --disable-pip-version-check --constraint build/torch/constraints.txt \
-		'torch==$(TORCH)' numpy hypothesis pytest pytest-timeout pytest-xdist
-	@OMP_NUM_THREADS=1 build/torch/bin/python -m pytest --numprocesses auto --dist worksteal
+		'torch==$(TORCH)' numpy hypothesis pydot pytest pytest-timeout pytest-xdist hatchling editables
+	@build/torch/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable .
+	@OMP_NUM_THREADS=1 build/torch/bin/python -m pytest --numprocesses auto --dist worksteal \
+		-W ignore::DeprecationWarning -W ignore::FutureWarning
 
 # A process for each processor, and in each model's process one thread: the same sums in the same order everywhere.
 SWEEP := $(BIN)/convbn-fx sweep

@@ -277,6 +277,7 @@ def test_a_checkpoint_in_a_dynamo_graph(captured_by_dynamo):
     assert report(transform(after)) == report(after)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 14), reason="torch.export cannot capture the condition")
 def test_branches_of_an_exported_condition():
     class Branching(nn.Module):
         def __init__(self):

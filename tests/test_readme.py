@@ -4,6 +4,8 @@ import csv
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -22,6 +24,7 @@ def test_the_code_shown_is_the_code_generated(capsys):
 
 
 def test_the_report_shown_is_the_report(capsys):
+    pytest.importorskip("torchvision")
     run(BLOCKS[1])
     _, shown = SHOWN
     assert shown.endswith("\n...\n")
