@@ -103,7 +103,7 @@ _STYLE: Final = {
 def _figure(inspection: Inspection, with_heading: bool) -> Any:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
     if with_heading:
         figure.suptitle(_heading(inspection), fontsize=11, x=0.01, ha="left", parse_math=False)
     upper, lower = figure.subplots(2, 1, height_ratios=(3, 2))

@@ -7,7 +7,7 @@ Strategies pick each step from those that fit the values there are, so that no d
 made from the spec alone, by following its values: they share nothing with the matcher.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from itertools import product
@@ -26,6 +26,8 @@ Shape = tuple[int, ...]
 
 LARGEST_SIZE = 8  # of a channel or spatial dimension that a convolution reads or makes
 LARGEST_INPUT = 800  # elements that a convolution reads
+#: Before version 2.13 PyTorch takes no eps of 0.
+SMALLEST_EPS = 0.0 if torch.__version__ >= (2, 13) else 1e-12
 #: From this eps on a batch norm may use the statistics of a batch of two without magnifying rounding errors.
 SMALLEST_TRAINING_EPS = 1e-3
 #: Numbers of dimensions that each kind of batch norm takes.
@@ -477,6 +479,11 @@ class Expectation:
     fused: list[tuple[Call, Call]] = field(default_factory=list)
     skipped: list[tuple[Call, frozenset[SkipReason]]] = field(default_factory=list)
 
+    @property
+    def places(self) -> dict[int, int]:
+        """Where each fused batch norm runs, both by results."""
+        return {norm.result: conv.result for conv, norm in self.fused}
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -531,19 +538,25 @@ class Architecture:
         """
         program = _inlined(self, self._leaves() if keeps_leaves else frozenset())
         expectation = Expectation()
-        for norm in program.calls:
-            if not isinstance(norm.step, Norm):
-                continue
-            conv = next((call for call in program.calls if call.result == norm.sources[0]), None)
-            reasons = _reasons_in_itself(norm.step, include_training)
-            if conv is None or not isinstance(conv.step, Conv):
-                reasons.add(SkipReason.NOT_AFTER_CONVOLUTION)
-            else:
-                reasons |= _reasons_between(conv, norm, program)
-            if reasons:
-                expectation.skipped.append((norm, frozenset(reasons)))
-            else:
-                expectation.fused.append((conv, norm))
+        while True:  # a fused batch norm runs where its convolution is, and so no longer between others
+            fused = []
+            expectation.skipped = []
+            for norm in program.calls:
+                if not isinstance(norm.step, Norm) or norm.result in expectation.places:
+                    continue
+                conv = next((call for call in program.calls if call.result == norm.sources[0]), None)
+                reasons = _reasons_in_itself(norm.step, include_training)
+                if conv is None or not isinstance(conv.step, Conv):
+                    reasons.add(SkipReason.NOT_AFTER_CONVOLUTION)
+                else:
+                    reasons |= _reasons_between(conv, norm, program, expectation.places)
+                if reasons:
+                    expectation.skipped.append((norm, frozenset(reasons)))
+                else:
+                    fused.append((conv, norm))
+            if not fused:
+                break
+            expectation.fused += fused
         if self.has_idle_pair and keeps_leaves:  # torch.fx's tracer forgets modules that are not called
             idle = Call(Norm(0, channels=2, kind="BatchNorm2d"), "idle.1")
             expectation.skipped.append((idle, frozenset({SkipReason.NOT_CALLED})))
@@ -579,14 +592,19 @@ def _reasons_in_itself(norm: Norm, include_training: bool) -> set[SkipReason]:
     return reasons
 
 
-def _reasons_between(conv: Call, norm: Call, program: "Program") -> set[SkipReason]:
+def _reasons_between(
+    conv: Call, norm: Call, program: "Program", places: Mapping[int, int]
+) -> set[SkipReason]:
     reasons = set()
     readers = [call for call in program.calls if conv.result in call.reads]
     if readers != [norm] or conv.result in program.returned:
         reasons.add(SkipReason.CONVOLUTION_OUTPUT_USED_ELSEWHERE)
     if conv.step.rank + 2 not in NORM_RANKS[norm.step.kind]:
         reasons.add(SkipReason.CHANNELS_DIFFER)
-    if any(call.step.overwrites for call in program.calls if conv.result < call.result < norm.result):
+    between = [
+        call for call in program.calls if conv.result < places.get(call.result, call.result) < norm.result
+    ]
+    if any(call.step.overwrites for call in between):
         reasons.add(SkipReason.MODIFIED_IN_BETWEEN)
     return reasons
 
@@ -770,7 +788,7 @@ def _norm_steps(draw: st.DrawFn, scope: _Scope) -> Norm:
     kinds = [kind for kind, ranks in NORM_RANKS.items() if len(shape) in ranks]
     kind = draw(st.sampled_from([*kinds[:1] * 3, *kinds[1:]]))
     is_function = "." in kind
-    eps = draw(st.sampled_from([1e-5, 1e-5, SMALLEST_TRAINING_EPS, 0.5, 0.0]))
+    eps = draw(st.sampled_from([1e-5, 1e-5, SMALLEST_TRAINING_EPS, 0.5, SMALLEST_EPS]))
     may_use_batch = scope.batch_statistics and eps >= SMALLEST_TRAINING_EPS
     return Norm(
         source,

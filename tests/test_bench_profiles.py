@@ -30,6 +30,7 @@ def test_part_of(operator, part):
     assert profiles.part_of(operator) == part
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")  # PyTorch 2.11
 def test_tune_has_no_batch_norms_and_eval_no_fused_pairs():
     model = prepared(Pair(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), torch.float32)
     batch = data(2, 3, 8, 8).float()
