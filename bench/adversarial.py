@@ -23,7 +23,7 @@ from bench.contenders import COMPOSITE, DEPLOY, EVAL, TUNE, make
 from bench.markdown import error, megabytes, spread, table
 from bench.models import MODELS as OTHERS
 from bench.results import Options, Result
-from bench.steps import images, peak, times
+from bench.steps import images, times
 from bench.timing import Ratio, ratio
 from convbn_fx.memory import saved_bytes
 from convbn_fx.testing import randomize_batchnorms
@@ -70,9 +70,9 @@ class Sizes:
 
 def _sizes(options: Options) -> Sizes:
     if options.smoke:
-        return Sizes(counted=(2, 3, 32, 32), attacked=(2, 3, 32, 32), steps=2, seconds=0.0)
+        return Sizes(counted=(2, 3, 32, 32), attacked=(2, 3, 32, 32), steps=2, seconds=options.turns)
     attacked = (8, 3, 224, 224) if options.device == "cuda" else (4, 3, 96, 96)
-    return Sizes(counted=(8, 3, 224, 224), attacked=attacked, steps=10, seconds=options.seconds)
+    return Sizes(counted=(8, 3, 224, 224), attacked=attacked, steps=10, seconds=options.turns)
 
 
 def _attacks(steps: int) -> dict[str, Any]:
@@ -180,9 +180,6 @@ def _rows(
                 "float32": _differences(found, found[EVAL]),
             },
             "seconds": _of_all(seconds),
-            "peak": _of_all({contender: peak(step) for contender, step in steps.items()})
-            if device == "cuda"
-            else None,
         }
 
 

@@ -203,7 +203,7 @@ def _measure(
         if name in (TUNE, COMPOSITE, TUNE_CHECKPOINT, COMPILED_CONVBN):
             rows[name]["pairs"] = len(convbn_fx.report(module).fused)
     steps = {name: training_step(module, batch) for name, module in modules.items()}
-    for name, seconds in times(steps, 0.0 if options.smoke else options.seconds, device).items():
+    for name, seconds in times(steps, options.turns, device).items():
         rows[name]["seconds"] = seconds
         rows[name]["peak"] = peak(steps[name], device)
 

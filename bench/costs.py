@@ -41,7 +41,7 @@ def run(options: Options) -> tuple[dict[str, Any], list[dict[str, Any]], list[st
         Settings, rows and notes.
     """
     sizes = SMOKE if options.smoke else SIZES
-    seconds = 0.0 if options.smoke else options.seconds / len(sizes)
+    seconds = options.turns / len(sizes)
     rows = [_row(*size, seconds, options.device) for size in sizes]
     notes = ["The time of a form is its median over the rounds; the fit is over all sizes of the table."]
     return {"seconds": options.seconds, "memory_format": "channels_last"}, rows, notes

@@ -10,6 +10,7 @@ norms are; what comes behind it is the same for all contenders and backbones, an
 
 import copy
 import math
+import statistics
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -369,8 +370,12 @@ def _timed(
     }
     if not steps:
         return {"seconds": None, "peak": None}
-    seconds = times(steps, options.seconds if not options.smoke else 0.0, options.device)
-    peaks = {name: peak(step) for name, step in steps.items()} if options.device == "cuda" else None
+    seconds = times(steps, options.turns, options.device)
+    peaks = (
+        {name: peak(step, options.device) for name, step in steps.items()}
+        if options.device == "cuda"
+        else None
+    )
     return {"seconds": seconds, "peak": peaks}
 
 
@@ -447,7 +452,7 @@ def tables(result: Result) -> Iterator[str]:
         (
             (
                 *_which(row),
-                f"{1e3 * sorted(row['seconds'][EVAL])[len(row['seconds'][EVAL]) // 2]:.0f}",
+                f"{1e3 * statistics.median(row['seconds'][EVAL]):.0f}",
                 *(_time(row, one, other) for one, other in pairs),
             )
             for row in result.rows

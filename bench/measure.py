@@ -10,8 +10,7 @@ from torch import nn
 
 import convbn_fx
 from bench.contenders import DEPLOY, EVAL, TUNE, make
-from bench.timing import take_turns
-from convbn_fx.memory import saved_bytes
+from bench.steps import count, images, times, training_step
 from convbn_fx.testing import compare, randomize_batchnorms
 
 #: What is compared.
@@ -89,14 +88,12 @@ def measure(name: str, model: nn.Module, sizes: Sizes, announce: Callable[[str, 
     output_error, gradient_error, failures = _compare(model, sizes.comparing)
 
     announce(name, counting)
-    image = torch.empty(()).expand(sizes.counting)
-    saved = {variant: saved_bytes(module, image, fake=True) for variant, module in variants.items()}
+    saved = {variant: count(module, sizes.counting) for variant, module in variants.items()}
 
     announce(name, timing)
-    seconds = take_turns(
-        {variant: _training_step(module, sizes.timing) for variant, module in variants.items()},
-        seconds=sizes.seconds,
-    )
+    batch = images(sizes.timing, "cpu")
+    steps = {variant: training_step(module, batch) for variant, module in variants.items()}
+    seconds = times(steps, sizes.seconds, "cpu")
 
     return Measurement(
         model=name,
@@ -137,16 +134,3 @@ def _compare(model: nn.Module, shape: Shape) -> tuple[float, float, list[str]]:
 
 def _worst(errors: Mapping[str, float]) -> tuple[str, float]:
     return max(errors.items(), key=lambda item: item[1])
-
-
-def _training_step(model: nn.Module, shape: Shape) -> Callable[[], None]:
-    """A forward and backward pass in float32, channels_last, as training would do it."""
-    model.to(memory_format=torch.channels_last)
-    image = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    image = image.to(memory_format=torch.channels_last)
-
-    def step() -> None:
-        model.zero_grad()
-        model(image).sum().backward()
-
-    return step

@@ -91,9 +91,9 @@ def _row(name: str, batch: int, size: int, options: Options, timed: bool) -> dic
             contender: training_step(module.to(options.device), batch_of_images)
             for contender, module in contenders.items()
         }
-        row["seconds"] = times(steps, options.seconds if not options.smoke else 0.0, options.device)
+        row["seconds"] = times(steps, options.turns, options.device)
         if options.device == "cuda":
-            row["peak"] = {contender: peak(step) for contender, step in steps.items()}
+            row["peak"] = {contender: peak(step, options.device) for contender, step in steps.items()}
         else:
             row["profiles"] = {
                 contender: where_time_goes(steps[contender]) for contender in (EVAL, TUNE, DEPLOY)

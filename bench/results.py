@@ -33,6 +33,11 @@ class Options:
     checkpoint: Path | None = None
     eps: float = 1e-5
 
+    @property
+    def turns(self) -> float:
+        """Seconds that the contenders of one row really take turns: none in a smoke test."""
+        return 0.0 if self.smoke else self.seconds
+
 
 @dataclass(frozen=True)
 class Result:

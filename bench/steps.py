@@ -16,8 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.timing import take_turns
 from convbn_fx.memory import saved_bytes
 
-Loss = Callable[[Any], Tensor]
-
 
 def total(outputs: Any) -> Tensor:
     """A scalar that every output has a part in."""
@@ -34,12 +32,12 @@ def images(shape: Sequence[int], device: str, *, fake: bool = False) -> Tensor:
     return batch.to(memory_format=torch.channels_last) if batch.ndim == 4 else batch
 
 
-def training_step(model: nn.Module, batch: Any, loss: Loss = total) -> Callable[[], None]:
+def training_step(model: nn.Module, batch: Any) -> Callable[[], None]:
     """A forward and backward pass that takes its gradients away again."""
     model.to(memory_format=torch.channels_last)
 
     def step() -> None:
-        loss(model(batch)).backward()
+        total(model(batch)).backward()
         # Afterwards, so that contenders that share parameters find none, and a step's peak counts its own.
         for parameter in model.parameters():
             parameter.grad = None
@@ -52,7 +50,7 @@ def count(model: nn.Module, shape: Sequence[int]) -> int:
     return saved_bytes(model, images(shape, "cpu", fake=True), fake=True)
 
 
-def counted_peak(model: nn.Module, shape: Sequence[int], loss: Loss = total) -> int:
+def counted_peak(model: nn.Module, shape: Sequence[int]) -> int:
     """Bytes that a step holds at most besides parameters, buffers and images, on tensors that hold no memory.
 
     It follows every tensor of both passes: activations, gradients, and what regions that are recomputed hide from
@@ -69,7 +67,7 @@ def counted_peak(model: nn.Module, shape: Sequence[int], loss: Loss = total) -> 
             batch = batch.to(memory_format=torch.channels_last)
         allocations = _Allocations((*model.parameters(), *model.buffers(), batch))
         with allocations:
-            loss(model(batch)).backward()
+            total(model(batch)).backward()
     return allocations.peak
 
 
@@ -108,7 +106,7 @@ def _storage(tensor: Tensor) -> tuple[int, torch.UntypedStorage]:
     return storage._cdata, storage
 
 
-def peak(step: Callable[[], None], device: str = "cuda") -> int | None:
+def peak(step: Callable[[], None], device: str) -> int:
     """Bytes that a step allocates at most, above what there is before it.
 
     Args:
@@ -116,13 +114,11 @@ def peak(step: Callable[[], None], device: str = "cuda") -> int | None:
         device: Where it runs. On a CPU the profiler tells, which slows the step down.
 
     Returns:
-        The bytes, operators' own temporary ones included; None for CUDA without CUDA.
+        The bytes, operators' own temporary ones included.
     """
     if device == "cpu":
         step()
         return _profiled_peak(step)
-    if not torch.cuda.is_available():
-        return None
     step()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -144,10 +140,10 @@ def _profiled_peak(step: Callable[[], None]) -> int:
     return highest
 
 
-def times(steps: Mapping[str, Callable[[], None]], seconds: float, device: str) -> dict[str, list[float]]:
+def times(steps: Mapping[str, Callable[[], object]], seconds: float, device: str) -> dict[str, list[float]]:
     """Seconds of each round, the contenders in turns."""
 
-    def synchronised(step: Callable[[], None]) -> Callable[[], None]:
+    def synchronised(step: Callable[[], object]) -> Callable[[], object]:
         def run() -> None:
             step()
             torch.cuda.synchronize()

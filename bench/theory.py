@@ -66,7 +66,7 @@ def run(options: Options) -> tuple[dict[str, Any], list[dict[str, Any]], list[st
         Settings, rows and notes. A model's rows are its pairs, then the model itself.
     """
     names, shape = SMOKE if options.smoke else FULL
-    seconds = 0.0 if options.smoke else PART_OF_SECONDS * options.seconds
+    seconds = PART_OF_SECONDS * options.turns
     rows = [row for name in names for row in _rows(name, shape, seconds, options.device)]
     settings = {"shape": shape, "seconds_per_pair": seconds, "memory_format": "channels_last"}
     return settings, rows, list(_notes(rows))
@@ -75,7 +75,7 @@ def run(options: Options) -> tuple[dict[str, Any], list[dict[str, Any]], list[st
 def _rows(name: str, shape: Sequence[int], seconds: float, device: str) -> Iterator[dict[str, Any]]:
     torch.manual_seed(0)
     model = randomize_batchnorms(MODELS[name]().eval(), seed=0)
-    variants = make(model, (EVAL, TUNE, DEPLOY))
+    variants = make(model, MODES)
     pairs = {pair: _members(model, pair) for pair in convbn_fx.report(variants[TUNE]).fused}
     recorder = Recorder()
     with recorder.watching(list(pairs.values())):
@@ -205,7 +205,7 @@ def _graphs(model: nn.Module) -> dict[str, GraphModule]:
 # --- Timed alone --------------------------------------------------------------------------------------------------
 
 
-def _steps(conv: nn.Module, norm: nn.Module, call: Call, device: str) -> dict[str, Callable[[], None]]:
+def _steps(conv: nn.Module, norm: nn.Module, call: Call, device: str) -> dict[str, Callable[[], object]]:
     """A forward and backward pass of one pair: its two modules, and what a rewritten graph calls."""
     (spec,) = call.args
     conv, norm = copy.deepcopy((conv, norm))
@@ -216,18 +216,14 @@ def _steps(conv: nn.Module, norm: nn.Module, call: Call, device: str) -> dict[st
         gradient = images(norm(conv(batch)).shape, device)
     inputs = [*conv.parameters(), *norm.parameters(), *([batch] if spec.requires_grad else [])]
 
-    def step(forward: Callable[[], Tensor]) -> Callable[[], None]:
+    def step(forward: Callable[[], Tensor]) -> Callable[[], object]:
         # Not a sum's gradient, whose elements lie in one place and would have to be spread out first.
-        return lambda: _discard(torch.autograd.grad(forward(), inputs, gradient))
+        return lambda: torch.autograd.grad(forward(), inputs, gradient)
 
     return {
         EVAL: step(lambda: norm(conv(batch))),
         TUNE: step(lambda: conv_batch_norm(conv, norm, batch)),
     }
-
-
-def _discard(_gradients: Sequence[Tensor]) -> None:
-    pass
 
 
 class Bandwidth(NamedTuple):

@@ -115,19 +115,15 @@ def test_bandwidth():
     spread = theory.bandwidth([1e9, 1e9, 1e9], [0.1, 0.2, -0.1])
     assert spread.fitted == pytest.approx(15)
     assert spread.lower == pytest.approx(1 / 0.15)
-    assert spread.upper is None or spread.upper > spread.lower
+    assert spread.upper is None
     assert theory.bandwidth([1e9, 1e9], [-0.1, -0.2]) == (None, None, None)
 
 
 def test_both_steps_of_a_pair_compute_the_same_gradients(monkeypatch):
     conv = nn.Conv2d(3, 4, 3).double()
     norm = randomize_batchnorms(nn.BatchNorm2d(4)).double().eval()
-    recorded = []
-    monkeypatch.setattr(theory, "_discard", recorded.append)
     monkeypatch.setattr(theory, "images", lambda shape, device: torch.randn(shape, dtype=torch.float64))
     spec = theory.Call.of((torch.empty(2, 3, 32, 32, requires_grad=True),), {})
-    for step in theory._steps(conv, norm, spec, "cpu").values():
-        step()
-    in_eval_mode, in_tune_mode = recorded
+    in_eval_mode, in_tune_mode = (step() for step in theory._steps(conv, norm, spec, "cpu").values())
     assert len(in_eval_mode) == 5
     torch.testing.assert_close(in_tune_mode, in_eval_mode, rtol=1e-10, atol=1e-10)
