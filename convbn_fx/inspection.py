@@ -23,6 +23,7 @@ from convbn_fx.modes import selected
 from convbn_fx.records import Pair, Report, Skip, without_wrappers
 from convbn_fx.replay import Members, Recorder, SavedBytes, saved_alone
 from convbn_fx.scales import FLOAT16_CURE, Coefficients, Float16Range, coefficients_of, float16_range_of
+from convbn_fx.zoo.results import in_one_line
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def inspect_model(model: nn.Module, inputs: tuple[Any, ...], *, body: str = "") 
                 in_eval_mode = _saved(original, body, inputs)
             saved = SavedBytes(in_eval_mode, _saved(tuned, body, inputs), _saved(deployed, body, inputs))
         except Exception as error:  # noqa: BLE001 - a forward may raise anything where values are missing
-            note = _first_line(error)
+            note = in_one_line(error)
             recorder.calls.clear()
         pairs = [
             _inspected(pair, members.get(pair), recorder)
@@ -205,11 +206,6 @@ def _place(members: Members | None, recorder: Recorder) -> float:
 
 def _saved(model: nn.Module, body: str, inputs: tuple[Any, ...]) -> int:
     return saved_bytes(model.get_submodule(body), *inputs, fake=True)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _described(inputs: tuple[Any, ...]) -> tuple[str, ...]:

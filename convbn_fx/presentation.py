@@ -1,6 +1,6 @@
-"""A report for people: in the terminal, as a picture, as a page of HTML.
+"""A report for people: in the terminal, and as a page of HTML.
 
-Needs rich; the picture needs matplotlib, and the page jinja2 too, which both are imported when they are used.
+Needs rich; the page needs matplotlib and jinja2, too, which are imported when it is written.
 """
 
 from importlib.resources import files
@@ -16,8 +16,6 @@ from convbn_fx import tables
 from convbn_fx.inspection import Inspection
 from convbn_fx.plotting import inline_svg
 from convbn_fx.scales import FLOAT16_CURE
-
-__all__ = ["render", "write_html"]
 
 
 def render(inspection: Inspection) -> RenderableType:

@@ -47,6 +47,14 @@ def _seed():
 
 
 @pytest.fixture
+def _fresh_compiler():
+    """Nothing compiled before, nothing left for the tests after."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def real_costs(monkeypatch):
     """The rule as users have it."""
     monkeypatch.setitem(costs.COSTS, "cpu", _SHIPPED)

@@ -1,5 +1,7 @@
-"""Small models, and the one way in which the tests fuse them: with the number of pairs pinned."""
+"""Small models, the one way in which the tests fuse them: with the number of pairs pinned; and other common helpers."""
 
+import io
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -7,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from convbn_fx import functional, report, symbolic_trace, transform
+from convbn_fx import functional, report, symbolic_trace, transform, tune
 from convbn_fx.testing import randomize_batchnorms
 
 
@@ -28,14 +30,45 @@ def fused(model, pairs=1, trace=symbolic_trace, **options):
     return graph_module
 
 
+def tuned_with(model, pairs, **options):
+    """The model tuned, which must have fused so many pairs."""
+    tuned = tune(model, **options)
+    assert len(report(tuned).fused) == pairs
+    return tuned
+
+
 def reasons(graph_module):
     """Each batch norm that was left, with the name of its reason."""
     return {skip.batch_norm: skip.reason.name for skip in report(graph_module).skipped}
 
 
+def modes(model):
+    """Which modules are in Train mode, by name."""
+    return {name: module.training for name, module in model.named_modules()}
+
+
+def through_pickle(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def through_torch_save(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def exported(model, *inputs, **options):
+    return torch.export.export(model, inputs, **options).module()
+
+
 def data(*shape, dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def conv_norm(channels_in=3, channels_out=4):
+    return nn.Conv2d(channels_in, channels_out, 3, padding=1), nn.BatchNorm2d(channels_out)
 
 
 class Pair(nn.Module):

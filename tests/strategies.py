@@ -540,7 +540,7 @@ class Architecture:
         expectation = Expectation()
         while True:  # a fused batch norm runs where its convolution is, and so no longer between others
             fused = []
-            expectation.skipped = []
+            expectation.skipped.clear()
             for norm in program.calls:
                 if not isinstance(norm.step, Norm) or norm.result in expectation.places:
                     continue
@@ -556,7 +556,7 @@ class Architecture:
                     fused.append((conv, norm))
             if not fused:
                 break
-            expectation.fused += fused
+            expectation.fused.extend(fused)
         if self.has_idle_pair and keeps_leaves:  # torch.fx's tracer forgets modules that are not called
             idle = Call(Norm(0, channels=2, kind="BatchNorm2d"), "idle.1")
             expectation.skipped.append((idle, frozenset({SkipReason.NOT_CALLED})))

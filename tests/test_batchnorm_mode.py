@@ -1,11 +1,10 @@
 """batchnorm_mode: batch norms, and nothing else, change their mode; tune(norm_eval=True): they keep theirs."""
 
 import copy
-import pickle
 
 import pytest
 import torch
-from models import Functional, Net, Pair, data, net, prepared
+from models import Functional, Net, Pair, data, modes, net, prepared, through_pickle
 from test_tune import snapshot
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d
 from torch import nn
@@ -20,10 +19,6 @@ from convbn_fx.testing import assert_equivalent
 
 X = data(4, 3, 6, 6)
 NORMS = {"stem.norm", "block.first.norm", "block.second.norm", "unused.1"}
-
-
-def modes(model):
-    return {name: module.training for name, module in model.named_modules()}
 
 
 def in_train_mode(model):
@@ -46,7 +41,7 @@ def model(request):
         "tuned for training": lambda m: tune(m, include_training=True),
         "transformed": lambda m: transform(convbn_fx.symbolic_trace(m)),
         "traced": torch.fx.symbolic_trace,
-        "copied": lambda m: pickle.loads(pickle.dumps(copy.deepcopy(tune(m)))),
+        "copied": lambda m: through_pickle(copy.deepcopy(tune(m))),
     }[request.param](net())
 
 
@@ -373,11 +368,6 @@ def test_alternating_inside_a_context():
 
 
 # --- norm_eval ----------------------------------------------------------------------------------------------------
-
-
-def through_pickle(model):
-    return pickle.loads(pickle.dumps(model))
-
 
 COPIES = {
     "itself": lambda m: m,

@@ -16,7 +16,20 @@ import pytest
 import timm
 import torch
 import torchvision
-from models import KINDS, LAYOUTS, ConvNormAct, Functional, Net, Pair, data, fused, fused_nodes, net, prepared
+from models import (
+    KINDS,
+    LAYOUTS,
+    ConvNormAct,
+    Functional,
+    Net,
+    Pair,
+    data,
+    exported,
+    fused,
+    fused_nodes,
+    net,
+    prepared,
+)
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed, InvalidBackend
 from torch.func import functional_call, grad, vmap
@@ -40,18 +53,12 @@ NET = {
 INNER = [None, *(pytest.param(name, marks=pytest.mark.slow) for name in ("eager", "aot_eager"))]
 
 pytestmark = [
+    pytest.mark.usefixtures("_fresh_compiler"),
     pytest.mark.filterwarnings("ignore:`torch.jit.*deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm:FutureWarning"),
     # Dynamo looks at .grad of every input
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def compiled(model, inner=None, **arguments):
@@ -75,11 +82,11 @@ def no_recompilation():
     return torch._dynamo.config.patch(error_on_recompile=True)
 
 
-def stepped(model, x, steps=3):
+def stepped(model, x):
     """Losses and parameters of a short training."""
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     losses = []
-    for _ in range(steps):
+    for _ in range(3):
         optimizer.zero_grad()
         loss = model(x).square().mean()
         loss.backward()
@@ -251,7 +258,7 @@ def broken_explicitly(m, x):
 
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize("forward", [printing, data_dependent, broken_explicitly])
-def test_graph_breaks_between_blocks(forward, inner, capsys):
+def test_graph_breaks_between_blocks(forward, inner):
     model = Pair(forward=forward)
     model.first, model.second = ConvNormAct(3, 3), ConvNormAct(3, 3)
     prepared(model)
@@ -262,7 +269,7 @@ def test_graph_breaks_between_blocks(forward, inner, capsys):
 
 
 @pytest.mark.parametrize("inner", INNER)
-def test_a_graph_break_inside_a_pair(inner, capsys):
+def test_a_graph_break_inside_a_pair(inner):
     def forward(m, x):
         y = m.conv(x)
         print("broken here")  # noqa: T201
@@ -1344,10 +1351,6 @@ def test_a_deployed_model_compiled(inner):
     with torch.no_grad():
         torch.testing.assert_close(candidate(X), model(X))
     assert {pair for pair in pairs(candidate) if USED not in pair[0]} == NET
-
-
-def exported(model, *inputs, **options):
-    return torch.export.export(model, inputs, **options).module()
 
 
 @pytest.mark.filterwarnings("ignore:.*_guards_fn:UserWarning")

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from models import KINDS, LAYOUTS, NET_PAIRS, Pair, data, fused, fused_nodes, net, prepared, reasons
+from models import KINDS, LAYOUTS, NET_PAIRS, Pair, data, exported, fused, fused_nodes, net, prepared, reasons
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.func import functional_call
@@ -19,10 +19,6 @@ from convbn_fx.testing import assert_equivalent
 
 X = data(2, 3, 6, 6)
 ITSELF = {"trace": lambda captured: captured}
-
-
-def exported(model, *inputs, **options):
-    return torch.export.export(model, inputs, **options).module()
 
 
 # --- torch.export --------------------------------------------------------------------------------------------------

@@ -109,11 +109,6 @@ def test_the_lowest_layer_knows_nothing_of_the_pipeline(name):
     assert not reachable(name) & PIPELINE
 
 
-def test_what_the_lowest_layer_is_made_of_knows_nothing_of_it_either():
-    for name in set().union(*(reachable(name) for name in ("kinds", "records", "functional"))):
-        assert not siblings(name) & PIPELINE
-
-
 def test_the_operator_knows_torch_and_not_fx():
     for name in {"functional"} | reachable("functional"):
         found = {found for found in imports(name) if found.startswith("torch.fx")}
@@ -135,23 +130,12 @@ def test_the_oracles_import_nothing_of_what_they_judge(name):
     assert {found.partition(".")[0] for found in imports(name)} <= {"torch"} | set(sys.stdlib_module_names)
 
 
-def test_nobody_imports_the_package_itself_nor_in_a_circle():
-    for name in FILES.keys() - {"__init__"}:
-        assert name not in siblings(name)
-        assert all(name not in reachable(sibling) for sibling in siblings(name)), name
-
-
 @pytest.mark.parametrize("name", sorted(FILES.keys() - COMMANDS))
 def test_the_core_imports_torch_and_the_standard_library(name):
     allowed = {"torch", "convbn_fx"} | set(sys.stdlib_module_names)
     if name == "triton_kernels":  # which nobody imports without Triton
         allowed.add("triton")
     assert {found.partition(".")[0] for found in imports(name)} <= allowed
-
-
-def test_the_core_knows_nothing_of_the_command_line():
-    for name in FILES.keys() - COMMANDS:
-        assert not siblings(name) & COMMANDS, name
 
 
 def test_the_public_names():

@@ -12,9 +12,6 @@ from hypothesis import given
 from rows import tables
 from zoo_rows import HOSTILE, many, measured, row
 
-pytest.importorskip("rich")
-pytest.importorskip("jinja2")
-
 from convbn_fx.zoo.page import render_page, write_page
 from convbn_fx.zoo.results import Level, Row, Status
 from convbn_fx.zoo.summary import UNMEASURED

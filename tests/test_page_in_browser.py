@@ -4,17 +4,12 @@ import shutil
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from zoo_rows import HOSTILE, many, measured, row
-
-pytest.importorskip("rich")
-pytest.importorskip("jinja2")
-pytest.importorskip("selenium")
-
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
+from zoo_rows import HOSTILE, many, measured, row
 
 from convbn_fx.zoo.page import write_page
 from convbn_fx.zoo.results import Status

@@ -97,10 +97,6 @@ def test_totals_and_pairs(inspection):
     text = printed(inspection)
     assert text.startswith(f"{NASTY}(float32[2, 3, 16, 16])\n3 pairs fused, 2 batch norms left\n")
     saved = inspection.saved
-    assert (
-        f"Tune {saved.tune / 1e3:11.2f} kB {saved.tune / saved.eval:7.1%}" in " ".join(text.split("  "))
-        or True
-    )
     for mode, count in (("Eval", saved.eval), ("Tune", saved.tune), ("Deploy", saved.deploy)):
         (line,) = [line for line in text.splitlines() if line.startswith(f"{mode} ")]
         assert line.split() == [mode, f"{count / 1e3:.2f}", "kB", f"{count / saved.eval:.1%}"]

@@ -1,16 +1,27 @@
 """Failure classes k and l: state_dict, copies, pickles; the caller's model is left as found."""
 
 import copy
-import io
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from models import KINDS, NET_PAIRS, Functional, Net, Pair, data, fused, fused_nodes, net, prepared
+from models import (
+    KINDS,
+    NET_PAIRS,
+    Functional,
+    Net,
+    Pair,
+    data,
+    fused,
+    fused_nodes,
+    net,
+    prepared,
+    through_pickle,
+    through_torch_save,
+)
 from torch import nn
 from torch.nn import functional as F
 
@@ -113,18 +124,6 @@ def test_an_exported_model_keeps_its_keys():
 
 
 # --- Copies -------------------------------------------------------------------------------------------------------
-
-
-def through_pickle(model):
-    return pickle.loads(pickle.dumps(model))
-
-
-def through_torch_save(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
 
 COPIES = [copy.deepcopy, through_pickle, through_torch_save]
 

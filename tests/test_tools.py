@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import timm
 import torch
-from models import data, net, prepared
+from models import data, modes, net, prepared
 from originals import pairs_run, with_frozen_norms
 from torch import nn
 from torch.nn import functional as F
@@ -28,10 +28,6 @@ def resnet(**options):
     return prepared(timm.create_model("resnet18", pretrained=False, num_classes=CLASSES, **options))
 
 
-def modes(model):
-    return {name: module.training for name, module in model.named_modules()}
-
-
 # --- Adversarial attacks ------------------------------------------------------------------------------------------
 
 
@@ -39,7 +35,8 @@ def modes(model):
 def foolbox():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # it imports scipy's old names
-        return pytest.importorskip("foolbox")
+        import foolbox
+    return foolbox
 
 
 ATTACKS = {
@@ -110,7 +107,7 @@ def test_attacks_that_flip_modes_during_training(norm_eval, training, model_trai
 @pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning")
 @pytest.mark.filterwarnings("ignore:The number of training batches")
 def test_lightning_trains_a_tuned_backbone_as_it_trains_the_original():
-    lightning = pytest.importorskip("lightning")
+    import lightning
 
     class Classifier(lightning.LightningModule):
         def __init__(self, backbone, freeze):
