@@ -268,7 +268,10 @@ def report(model: nn.Module) -> Report:
     reports = [
         part.prefixed(without_wrappers(name))
         for name, module in model.named_modules()
-        for part in (vars(module).get(REPORT), getattr(module, "meta", {}).get(META_KEY))
+        for part in (
+            vars(module).get(REPORT),
+            module.meta.get(META_KEY) if isinstance(module, torch.fx.GraphModule) else None,
+        )
         if part is not None
     ]
     if (compiled := compiled_report(model)) is not None:

@@ -19,7 +19,7 @@ from convbn_fx.folding import fold
 from convbn_fx.functional import conv_batch_norm
 from convbn_fx.graph_module import GraphModule
 from convbn_fx.operands import BatchNorm, Convolution
-from convbn_fx.records import Skip, SkipReason
+from convbn_fx.records import Refusal, Skip, SkipReason
 
 
 class Folded(nn.Identity):
@@ -49,15 +49,6 @@ class Folded(nn.Identity):
     def extra_repr(self) -> str:
         """The rank."""
         return f"rank={self.rank}"
-
-
-class _Unfoldable(Exception):
-    """Raised inside this module where a pair has no baked form."""
-
-    def __init__(self, reason: SkipReason, detail: str = "") -> None:
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
 
 
 # --- In a model --------------------------------------------------------------------------------------------------
@@ -91,7 +82,7 @@ def bake(
             for module, replacement in _replacements(members, used_apart):
                 _turn_into(module, replacement)
             baked += group
-        except _Unfoldable as refusal:
+        except Refusal as refusal:
             skips += [Skip(pair.record.batch_norm, refusal.reason, refusal.detail) for pair in group]
     return baked, skips
 
@@ -118,7 +109,7 @@ def _replacements(
     convs, norms = ({id(module): module for module in side}.values() for side in zip(*members, strict=True))
     for module in (*convs, *norms):
         if id(module) in used_apart:
-            raise _Unfoldable(SkipReason.CONVOLUTION_OUTPUT_USED_ELSEWHERE, "on another path of a forward")
+            raise Refusal(SkipReason.CONVOLUTION_OUTPUT_USED_ELSEWHERE, "on another path of a forward")
     baked = [(conv, norm, _baked(conv, norm)) for conv, norm in members]
     if len(norms) == 1:
         (norm,) = norms
@@ -133,7 +124,7 @@ def _replacements(
             *((norm, _remainder(norm, plain)) for _, norm, plain in baked),
             (conv, _check(baked[0][2], norms)),
         ]
-    raise _Unfoldable(SkipReason.SHARED)
+    raise Refusal(SkipReason.SHARED)
 
 
 def _turn_into(module: nn.Module, replacement: nn.Module) -> None:
@@ -142,7 +133,7 @@ def _turn_into(module: nn.Module, replacement: nn.Module) -> None:
     vars(module).clear()
     vars(module).update(vars(replacement))
     module.__class__ = type(replacement)
-    module.train(training)
+    module.training = training
 
 
 def _check(conv: nn.Module, norms: Iterable[nn.Module | BatchNorm]) -> nn.Module:
@@ -175,7 +166,7 @@ def _baked(conv: nn.Module | Convolution, norm: nn.Module | BatchNorm) -> nn.Mod
     """A plain module that computes what the two compute one after the other, with parameters of its own."""
     for module in (conv, norm):
         if isinstance(module, nn.Module) and kinds.has_hooks(module):
-            raise _Unfoldable(SkipReason.HAS_HOOKS, type(module).__name__)
+            raise Refusal(SkipReason.HAS_HOOKS, type(module).__name__)
     cls, operands, arguments = _plain_form(conv) if isinstance(conv, nn.Module) else _plain_form_of_call(conv)
     norm_operands = _frozen_operands(norm, operands) if isinstance(norm, nn.Module) else norm
     weight, bias = _fold(operands, norm_operands)
@@ -190,7 +181,7 @@ def _plain_form(conv: Any) -> tuple[type[nn.Module], Convolution, dict[str, Any]
     """The class of a plain module like `conv`, the operands to fold, and the arguments of its constructor."""
     kind = kinds.convolution_kind(conv)
     if kind is None or kind.plain is None:
-        raise _Unfoldable(SkipReason.UNKNOWN_CONVOLUTION, f"{type(conv).__name__} has no plain form")
+        raise Refusal(SkipReason.UNKNOWN_CONVOLUTION, f"{type(conv).__name__} has no plain form")
     training = conv.training
     conv.eval()  # a parametrisation may update what it keeps when it is read in Train mode
     cls, weight = kind.plain(conv)
@@ -222,21 +213,21 @@ def _plain_form_of_call(conv: Convolution) -> tuple[type[nn.Module], Convolution
 def _frozen_operands(norm: nn.Module, conv: Convolution) -> BatchNorm:
     kind = kinds.frozen_kind(norm)
     if kind is None:
-        raise _Unfoldable(SkipReason.TRAINING_MODE)
+        raise Refusal(SkipReason.TRAINING_MODE)
     operands: BatchNorm = kind.operands(norm)
     if kind.promotes and operands.running_var.dtype != conv.weight.dtype:
-        raise _Unfoldable(SkipReason.UNUSUAL_CALL, "the result is of another dtype than the convolution's")
+        raise Refusal(SkipReason.UNUSUAL_CALL, "the result is of another dtype than the convolution's")
     return operands
 
 
 def _fold(conv: Convolution, norm: BatchNorm) -> tuple[Tensor, Tensor]:
     vectors = [vector for vector in norm[:4] if vector is not None]
     if any(vector.shape != (output_channels(conv),) for vector in vectors):
-        raise _Unfoldable(SkipReason.CHANNELS_DIFFER)
+        raise Refusal(SkipReason.CHANNELS_DIFFER)
     with torch.no_grad():
         weight, bias = fold(conv, norm)
     if not weight.is_meta and not (weight.isfinite().all() and bias.isfinite().all()):
-        raise _Unfoldable(SkipReason.OUT_OF_RANGE, str(weight.dtype))
+        raise Refusal(SkipReason.OUT_OF_RANGE, str(weight.dtype))
     return weight, bias
 
 
@@ -265,7 +256,7 @@ def bake_graph(graph_module: GraphModule) -> list[Skip]:
         try:
             conv, norm = (_constant(operand, graph_module) for operand in node.args[:2])
             plain = _baked(conv, norm)
-        except _Unfoldable as refusal:
+        except Refusal as refusal:
             skips.append(Skip(names[-1] if names else node.name, refusal.reason, refusal.detail))
             continue
         check = _check(plain, [norm])
@@ -316,5 +307,5 @@ def _constant(operand: Any, graph_module: GraphModule) -> Any:
     if not isinstance(operand, Node):
         return operand
     if operand.op != "get_attr":
-        raise _Unfoldable(SkipReason.UNUSUAL_CALL, f"{operand.name} is computed at every call")
+        raise Refusal(SkipReason.UNUSUAL_CALL, f"{operand.name} is computed at every call")
     return operator.attrgetter(str(operand.target))(graph_module)

@@ -17,12 +17,13 @@ from typing import Any, Final, TypeVar
 import torch
 from torch import nn
 from torch.nn.modules.module import _WrappedHook
+from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from convbn_fx import kinds
 from convbn_fx.graph_module import GraphModule
 from convbn_fx.rewriting import copied
-from convbn_fx.roles import FUNCTION_CALLS, PAIRING, REPORT, SCOPE, remade
+from convbn_fx.roles import FUNCTION_CALLS, PAIRING, REPORT, SCOPE, STAYS_IN_EVAL_MODE, become, remade
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -31,7 +32,8 @@ def clone(model: Model) -> Model:
     """Copies a model's modules, not its tensors.
 
     Args:
-        model: Any model. If it was tuned, its copy is of the original classes again.
+        model: Any model. If it was tuned, its copy is of the original classes again, but for batch norms that
+            `norm_eval=True` keeps in Eval mode.
 
     Returns:
         A model of the same classes, hooks, modes and attributes, whose parameters and buffers are those of `model`.
@@ -76,9 +78,8 @@ def _class_of_its_own(cls: type[nn.Module]) -> type[nn.Module]:
 
 def _untuned(module: nn.Module) -> type[nn.Module]:
     cls = type(module)
-    if nn.utils.parametrize.is_parametrized(
-        module
-    ):  # PyTorch takes properties off this class when it unparametrises
+    # PyTorch takes properties off this class when it unparametrises.
+    if nn.utils.parametrize.is_parametrized(module):
         (base,) = cls.__bases__
         return remade(cls, vars(base).get(kinds.TUNED_FROM, base))
     original: type[nn.Module] = vars(cls).get(kinds.TUNED_FROM, cls)
@@ -86,9 +87,8 @@ def _untuned(module: nn.Module) -> type[nn.Module]:
 
 
 def _fill(blank: nn.Module, module: nn.Module, copies: dict[int, Any]) -> None:
-    if isinstance(
-        blank, GraphModule
-    ):  # has the graph and the state already; its children are to be the copies
+    # It has the graph and the state already; its children are to be the copies.
+    if isinstance(blank, GraphModule):
         blank._modules = {name: copies.get(id(child), child) for name, child in blank._modules.items()}
         return
     vars(blank).update(
@@ -99,6 +99,8 @@ def _fill(blank: nn.Module, module: nn.Module, copies: dict[int, Any]) -> None:
     for name in copyreg._slotnames(type(module)):  # type: ignore[attr-defined] # as copy.copy does
         if hasattr(module, name):
             setattr(blank, name, getattr(module, name))
+    if STAYS_IN_EVAL_MODE in vars(blank):
+        become(blank, "batch_norm")
     # The very same dictionary: `to()` replaces buffers where it changes parameters in place.
     vars(blank)["_buffers"] = module._buffers
 
@@ -107,6 +109,8 @@ def _mirrored(value: Any, copies: dict[int, Any]) -> Any:
     """The value, with every module of the model in it replaced by its copy, and with containers of its own."""
     if id(value) in copies:
         return copies[id(value)]
+    if isinstance(value, tuple) and hasattr(value, "_make"):  # a namedtuple
+        return type(value)(*(_mirrored(item, copies) for item in value))
     mirror = _MIRRORS.get(type(value))
     if mirror is not None:
         return mirror(value, copies)
@@ -143,8 +147,8 @@ def _mirrored_object(value: Any, copies: dict[int, Any]) -> Any:
 
 
 def _refers_to_a_copy(values: Iterable[Any], copies: dict[int, Any]) -> bool:
-    """Whether one of the values is a module that has a copy, or a bound method of one."""
-    owners = (getattr(value, "__self__", value) for value in values)
+    """Whether one of the values is, or holds in a container, a module that has a copy or a bound method of one."""
+    owners = (getattr(value, "__self__", value) for value in pytree.tree_leaves(list(values)))
     return any(isinstance(owner, nn.Module) and id(owner) in copies for owner in owners)
 
 

@@ -54,9 +54,8 @@ def convbn(
     notes.leave_on(example_inputs)
     if name is None:
         for node in fused.graph.nodes:
-            node.meta.pop(
-                "grapharg", None
-            )  # Dynamo's reference to the tensor, of which it clears its own graph alone
+            # Dynamo's reference to the tensor, of which it clears its own graph alone.
+            node.meta.pop("grapharg", None)
 
         def run(*inputs: Any) -> Any:
             notes.leave_on(inputs)

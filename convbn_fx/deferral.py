@@ -276,7 +276,7 @@ class Deferred(Tensor):
     ) -> Any:
         """Any function of PyTorch computes with the convolution's output."""
         if func in _METADATA and args[0]._waiting.normalised is not None:
-            return func(args[0]._waiting.normalised, *args[1:])
+            return func(args[0]._waiting.normalised, *args[1:], **(kwargs or {}))
         return func(*settled(args), **settled(kwargs or {}))
 
     @classmethod
@@ -321,14 +321,14 @@ def defer(input: Any, conv: Convolution, pairing: Pairing) -> Any:
         pairing: What is known of the way to its batch norms.
 
     Returns:
-        What stands for the convolution's output; None where the two have to run apart.
+        What stands for the convolution's output; the output itself where the two have to run apart.
     """
     if not isinstance(input, Tensor) or input.is_inference():  # which has no version to tell changes by
-        return None
+        return convolution(conv, input)
     norm = pairing.only_norm
     waiting = Waiting(input, conv, norm)
     if norm is not None and waiting.normalised is None:
-        return None
+        return convolution(conv, input)
     for scope in pairing.scopes:
         scope.waiting.append(weakref.ref(waiting))
     return Deferred.of(waiting)

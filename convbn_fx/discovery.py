@@ -24,7 +24,7 @@ from convbn_fx.tracing import left_as_found
 
 @dataclass(frozen=True)
 class OwnedPair:
-    """A pair of modules, and whose forward runs it. All names are qualified names in the model.
+    """A pair, and whose forward runs it. All names are qualified names in the model.
 
     Attributes:
         record: The record for the report.
@@ -86,9 +86,8 @@ def discover(model: nn.Module, include_training: bool = False) -> Discovery:
                 refusals += [refusal for _, refusal in judged if refusal is not None]
                 for pair in (_owned(match, way, name) for match in taken):
                     pairs.setdefault((pair.record.convolution, pair.record.batch_norm), pair)
-                for skip in (
-                    refusal.prefixed(name) for refusal in refusals
-                ):  # the outermost forward knows best
+                # The outermost forward knows best.
+                for skip in (refusal.prefixed(name) for refusal in refusals):
                     skips[skip.batch_norm] = skip
                     if skip.reason is SkipReason.MODIFIED_IN_BETWEEN:
                         decided[skip.batch_norm] = skip
@@ -275,14 +274,9 @@ def _owned(match: Match, way: Way, owner: str) -> OwnedPair:
     calls = way.methods.get(match.convolution_node, set()) & way.methods.get(match.batch_norm_node, set())
     methods = {name for _, name in calls}
     convolution, batch_norm = _enclosing(match.pair.convolution), _enclosing(match.pair.batch_norm)
-    record = replace(
-        match.pair,
-        convolution=_joined(owner, match.pair.convolution),
-        batch_norm=_joined(owner, match.pair.batch_norm),
-    )
     between = (convolution ^ batch_norm) & way.opened
     return OwnedPair(
-        record,
+        match.pair.prefixed(owner),
         owner,
         frozenset(methods | {"forward"}),
         frozenset(_joined(owner, name) for name in between),

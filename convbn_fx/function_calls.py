@@ -7,7 +7,6 @@ called with one that waits is computed with it.
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -32,22 +31,13 @@ def site_of_caller(frame: FrameType | None) -> Site | None:
     return None
 
 
-@dataclass
-class FunctionCalls:
-    """What the owner of pairs knows of those that are functions.
+class FunctionPairs(TorchFunctionMode):
+    """What the forward of an owner runs in.
 
-    Attributes:
+    Args:
         sites: Where it calls convolutions that batch norms follow.
     """
 
-    sites: dict[Site, Pairing] = field(default_factory=dict)
-
-    def mode(self) -> "_FunctionPairs":
-        """A mode to run the owner's forward in."""
-        return _FunctionPairs(self.sites)
-
-
-class _FunctionPairs(TorchFunctionMode):
     def __init__(self, sites: dict[Site, Pairing]) -> None:
         super().__init__()
         self.sites = sites
@@ -64,9 +54,7 @@ class _FunctionPairs(TorchFunctionMode):
             pairing = self.sites.get(site_of_caller(sys._getframe(1)) or ("", ""))
             if pairing is not None and pairing.allows():
                 args, kwargs = settled(args), settled(kwargs)
-                deferred = defer(*kinds.CONVOLUTION_FUNCTIONS[func].operands(*args, **kwargs), pairing)
-                if deferred is not None:
-                    return deferred
+                return defer(*kinds.CONVOLUTION_FUNCTIONS[func].operands(*args, **kwargs), pairing)
         kind = kinds.BATCH_NORM_FUNCTIONS.get(func)
         if kind is not None and kind.output_index is None and any(map(waiting_in, (*args, *kwargs.values()))):
             input, training, norm = kind.operands(*args, **kwargs)

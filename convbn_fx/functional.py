@@ -77,6 +77,7 @@ def conv_batch_norm(
         normalised = normalised_convolution(input, operands, batch_norm_operands(norm, norm_kind), norm_kind)
         if normalised is not None:
             return finished(norm, norm_kind, normalised)
+        conv, args, kwargs = operands, (input,), {}  # to read them again may change what computes them
     return batch_norm(norm, convolution(conv, *args, **kwargs))
 
 

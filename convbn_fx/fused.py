@@ -143,6 +143,9 @@ def _gradients_of_scaled(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, 
     if wants_gamma and (not from_weight or (is_half(ctx.input_dtype) and _overflowed(grad_gamma))):
         norm = BatchNorm(running_mean, running_var, gamma, None, ctx.eps)
         grad_gamma = _gradient_of_gamma(conv._replace(weight=weight, bias=bias), norm, input, grad_output)
+        if weight_scale is not None:  # then the weight's gradient, not scaled yet, has overflowed
+            _, grad_weight = _convolution_backward(ctx, _on_channels(grad_output, scale), input, None)
+            weight_scale = None
     if grad_weight is not None and weight_scale is not None:
         grad_weight = scaled(grad_weight, weight_scale, conv)
     gradients = (grad_weight, grad_bias, grad_gamma, grad_shift if wants_beta else None)

@@ -9,7 +9,6 @@ from torch import nn
 
 from convbn_fx.deferral import Pairing, Scope
 from convbn_fx.discovery import OwnedPair
-from convbn_fx.function_calls import FunctionCalls
 from convbn_fx.records import Pair, Report, Skip
 from convbn_fx.roles import FUNCTION_CALLS, PAIRING, REPORT, SCOPE, STAYS_IN_EVAL_MODE, ScopeHooks, become
 
@@ -47,9 +46,9 @@ def link(model: nn.Module, pair: OwnedPair) -> None:
 def _pairing(model: nn.Module, pair: OwnedPair, owner: nn.Module) -> Pairing:
     """Where the convolution looks up what it knows: on the module, or by the place in the owner that calls it."""
     if pair.site or pair.to_function:
-        vars(owner).setdefault(FUNCTION_CALLS, FunctionCalls())
+        vars(owner).setdefault(FUNCTION_CALLS, {})
     if pair.site:
-        return vars(owner)[FUNCTION_CALLS].sites.setdefault(pair.site, Pairing())  # type: ignore[no-any-return]
+        return vars(owner)[FUNCTION_CALLS].setdefault(pair.site, Pairing())  # type: ignore[no-any-return]
     conv = model.get_submodule(pair.record.convolution)
     become(conv, "convolution")
     return vars(conv).setdefault(PAIRING, Pairing())  # type: ignore[no-any-return]

@@ -17,16 +17,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from convbn_fx import functional, kinds
 from convbn_fx.kinds import BatchNormKind, ConvolutionKind
 from convbn_fx.operands import BatchNorm
-from convbn_fx.records import Match, Pair, Skip, SkipReason
-
-
-class _Refusal(Exception):
-    """Raised inside this module where a predicate says no."""
-
-    def __init__(self, reason: SkipReason, detail: str = "") -> None:
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
+from convbn_fx.records import Match, Pair, Refusal, Skip, SkipReason
 
 
 def find_pairs(graph_module: GraphModule, include_training: bool = False) -> tuple[list[Match], list[Skip]]:
@@ -76,7 +67,7 @@ def find_pairs_in(
             continue
         try:
             matches.append(_match(node, name, root, include_training))
-        except _Refusal as refusal:
+        except Refusal as refusal:
             skips.append(Skip(name, refusal.reason, refusal.detail))
     return matches, skips
 
@@ -110,13 +101,13 @@ def _match(node: Node, name: str, root: nn.Module, include_training: bool) -> Ma
     )
     convolution_node = batch_norm.input
     if not isinstance(convolution_node, Node):
-        raise _Refusal(SkipReason.NOT_AFTER_CONVOLUTION)
+        raise Refusal(SkipReason.NOT_AFTER_CONVOLUTION)
     convolution = _convolution_call(convolution_node, root)
     _check_channels(convolution, batch_norm)
     position = _position(convolution_node, node, batch_norm)
     for between in _nodes_between(convolution_node, node):
         if _may_change_tensors(between, root):
-            raise _Refusal(SkipReason.MODIFIED_IN_BETWEEN, between.name)
+            raise Refusal(SkipReason.MODIFIED_IN_BETWEEN, between.name)
     return Match(
         Pair(
             convolution.name,
@@ -139,20 +130,20 @@ def _match(node: Node, name: str, root: nn.Module, include_training: bool) -> Ma
 
 def _batch_norm_module_call(node: Node, module: nn.Module, include_training: bool) -> _BatchNormCall:
     if isinstance(module, LazyModuleMixin):
-        raise _Refusal(SkipReason.UNINITIALIZED, type(module).__name__)
+        raise Refusal(SkipReason.UNINITIALIZED, type(module).__name__)
     kind = kinds.batch_norm_kind(module)
     if module.training and not include_training and not (kind is not None and kind.always_frozen):
-        raise _Refusal(SkipReason.TRAINING_MODE)
+        raise Refusal(SkipReason.TRAINING_MODE)
     if kind is None:
-        raise _Refusal(SkipReason.UNKNOWN_BATCH_NORM, type(module).__name__)
+        raise Refusal(SkipReason.UNKNOWN_BATCH_NORM, type(module).__name__)
     if not kind.has_statistics(module):
-        raise _Refusal(SkipReason.NO_RUNNING_STATISTICS)
+        raise Refusal(SkipReason.NO_RUNNING_STATISTICS)
     match node.args, node.kwargs:
         case ((input,), {**rest}) if not rest:
             return _BatchNormCall(kind, input, node.target, False)
         case ((), {"input": input, **rest}) | ((), {"x": input, **rest}) if not rest:
             return _BatchNormCall(kind, input, node.target, False)
-    raise _Refusal(SkipReason.UNUSUAL_CALL, node.format_node() or node.name)
+    raise Refusal(SkipReason.UNUSUAL_CALL, node.format_node() or node.name)
 
 
 def _batch_norm_function_call(node: Node) -> _BatchNormCall:
@@ -160,13 +151,13 @@ def _batch_norm_function_call(node: Node) -> _BatchNormCall:
     try:
         input, training, operands = kind.operands(*node.args, **node.kwargs)
     except TypeError as error:
-        raise _Refusal(SkipReason.UNUSUAL_CALL, str(error)) from error
+        raise Refusal(SkipReason.UNUSUAL_CALL, str(error)) from error
     if training is True:
-        raise _Refusal(SkipReason.TRAINING_MODE, "a constant of the graph")
+        raise Refusal(SkipReason.TRAINING_MODE, "a constant of the graph")
     if training is not False:
-        raise _Refusal(SkipReason.UNUSUAL_CALL, f"training={training}")
+        raise Refusal(SkipReason.UNUSUAL_CALL, f"training={training}")
     if operands.running_mean is None or operands.running_var is None:
-        raise _Refusal(SkipReason.NO_RUNNING_STATISTICS)
+        raise Refusal(SkipReason.NO_RUNNING_STATISTICS)
     return _BatchNormCall(kind, input, operands, True)
 
 
@@ -176,7 +167,7 @@ def _output_node(node: Node, kind: BatchNormKind) -> Node:
     used = [user for user in node.users if user.users or user.target is not operator.getitem]
     if len(used) == 1 and used[0].args == (node, kind.output_index):
         return used[0]
-    raise _Refusal(SkipReason.BATCH_NORM_OUTPUTS_USED, ", ".join(user.name for user in used))
+    raise Refusal(SkipReason.BATCH_NORM_OUTPUTS_USED, ", ".join(user.name for user in used))
 
 
 # --- The convolution ---------------------------------------------------------------------------------------------
@@ -197,26 +188,26 @@ def _convolution_call(node: Node, root: nn.Module) -> _ConvolutionCall:
     if node.op == "call_module":
         module = _module_of(node, root)
         if isinstance(module, LazyModuleMixin) and kinds.resembles_convolution(module):
-            raise _Refusal(SkipReason.UNINITIALIZED, type(module).__name__)
+            raise Refusal(SkipReason.UNINITIALIZED, type(module).__name__)
         kind = kinds.convolution_kind(module)
         if kind is not None:
             return _ConvolutionCall(str(node.target), kind, str(node.target), node.args, dict(node.kwargs))
         if kinds.resembles_convolution(module):
-            raise _Refusal(SkipReason.UNKNOWN_CONVOLUTION, type(module).__name__)
+            raise Refusal(SkipReason.UNKNOWN_CONVOLUTION, type(module).__name__)
     if node.op == "call_function" and node.target in kinds.CONVOLUTION_FUNCTIONS:
         kind = kinds.CONVOLUTION_FUNCTIONS[node.target]
         try:
             input, operands = kind.operands(*node.args, **node.kwargs)
         except TypeError as error:
-            raise _Refusal(SkipReason.UNUSUAL_CALL, str(error)) from error
+            raise Refusal(SkipReason.UNUSUAL_CALL, str(error)) from error
         return _ConvolutionCall(node.name, kind, operands, (input,), {})
-    raise _Refusal(SkipReason.NOT_AFTER_CONVOLUTION, f"of {node.name}")
+    raise Refusal(SkipReason.NOT_AFTER_CONVOLUTION, f"of {node.name}")
 
 
 def _check_channels(convolution: _ConvolutionCall, batch_norm: _BatchNormCall) -> None:
     rank = convolution.kind.batched_rank
     if rank is not None and not batch_norm.kind.accepts(rank):
-        raise _Refusal(SkipReason.CHANNELS_DIFFER, f"{batch_norm.kind.name} after {convolution.kind.name}")
+        raise Refusal(SkipReason.CHANNELS_DIFFER, f"{batch_norm.kind.name} after {convolution.kind.name}")
 
 
 def _position(convolution_node: Node, batch_norm_node: Node, batch_norm: _BatchNormCall) -> Node:
@@ -224,15 +215,19 @@ def _position(convolution_node: Node, batch_norm_node: Node, batch_norm: _BatchN
 
     It takes the convolution's place, so that nothing changes places with the convolution, its parameters or its random
     numbers. The batch norm moves up to it, for which its operands must be known there.
-    The output's shape and dtype are those of the normalised output, so whoever reads them can read them there.
+    The output's shape is that of the normalised output, and most often its dtype, so whoever reads them can read them
+    there.
 
     Raises:
-        _Refusal: Something else needs it.
+        Refusal: Something else needs it.
     """
     readers = set(convolution_node.users) - {batch_norm_node}
-    others = [user.name for user in readers if not _reads_metadata(user)]
+    promotes = batch_norm.kind.promotes
+    others = [
+        user.name for user in readers if not _reads_metadata(user) or (promotes and "dtype" in user.args)
+    ]
     if others:
-        raise _Refusal(SkipReason.CONVOLUTION_OUTPUT_USED_ELSEWHERE, f"by {', '.join(sorted(others))}")
+        raise Refusal(SkipReason.CONVOLUTION_OUTPUT_USED_ELSEWHERE, f"by {', '.join(sorted(others))}")
     operands = batch_norm.operands if isinstance(batch_norm.operands, BatchNorm) else ()
     # What the batch norm must not move over: where its operands are computed, and where the module is called itself,
     # which may be in Train mode by then.
@@ -246,7 +241,7 @@ def _position(convolution_node: Node, batch_norm_node: Node, batch_norm: _BatchN
         return convolution_node
     if any(reader < batch_norm_node for reader in readers):
         detail = f"by {min(readers).name}, before {obstacles[-1].name}"
-        raise _Refusal(SkipReason.CONVOLUTION_OUTPUT_USED_ELSEWHERE, detail)
+        raise Refusal(SkipReason.CONVOLUTION_OUTPUT_USED_ELSEWHERE, detail)
     return batch_norm_node
 
 

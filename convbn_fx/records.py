@@ -164,6 +164,15 @@ class Skip:
         return replace(self, batch_norm=self.batch_norm[len(prefix) + 1 if prefix else 0 :])
 
 
+class Refusal(Exception):
+    """Raised where a batch norm turns out to be one that stays; who asked makes a `Skip` of it."""
+
+    def __init__(self, reason: SkipReason, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
 @dataclass(frozen=True)
 class Match:
     """A pair together with the nodes it was found at; what matching hands to rewriting.

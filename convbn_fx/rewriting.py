@@ -1,7 +1,8 @@
 """Rewrites matched pairs: the only code that changes a graph.
 
 Each pair becomes one `call_function` of [`conv_batch_norm`][convbn_fx.functional.conv_batch_norm] in the place of the
-batch norm. Modules are handed to it as modules (`get_attr` nodes), so that every call sees them as they are then.
+convolution, or of the batch norm where its operands are computed in between. Modules are handed to it as modules
+(`get_attr` nodes), so that every call sees them as they are then.
 """
 
 import copy

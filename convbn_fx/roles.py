@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from convbn_fx import kinds
 from convbn_fx.deferral import Scope, defer, settled, waiting_in
+from convbn_fx.function_calls import FunctionPairs
 
 #: Attributes of tuned modules, in their `__dict__`.
 PAIRING: Final = "_convbn_fx_pairing"
@@ -36,9 +37,7 @@ def _convolution_forward(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args, **kwargs)
         kind = kinds.convolution_kind(self)
         if kind is not None and pairing.allows():
-            deferred = defer(*kind.operands(self, *args, **kwargs), pairing)
-            if deferred is not None:
-                return deferred
+            return defer(*kind.operands(self, *args, **kwargs), pairing)
         return original(self, *args, **kwargs)
 
     return forward
@@ -67,7 +66,7 @@ def _owning_method(original: Callable[..., Any]) -> Callable[..., Any]:
         with scope.opened():
             if calls is None:
                 return settled(original(self, *args, **kwargs))
-            with calls.mode():
+            with FunctionPairs(calls):
                 return settled(original(self, *args, **kwargs))
 
     return method
@@ -77,7 +76,8 @@ def _train(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def train(self: Any, mode: bool = True) -> Any:
         original(self, mode)
-        self.training = mode and not vars(self).get(STAYS_IN_EVAL_MODE, False)
+        if STAYS_IN_EVAL_MODE in vars(self):
+            self.training = False
         return self
 
     return train
@@ -135,8 +135,7 @@ def _tuned_class(cls: type[nn.Module], role: str, methods: frozenset[str]) -> ty
     if known is not None:
         return known
     body: dict[str, Any] = {name: _REPLACEMENTS[role](getattr(cls, name)) for name in methods}
-    if role == "batch_norm":
-        body["train"] = _train(cls.train)
+    body["train"] = _train(cls.train)
 
     def reduce(self: Any, protocol: Any) -> Any:
         function, args, *state = super(tuned, self).__reduce_ex__(max(protocol, 2))

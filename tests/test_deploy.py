@@ -1,8 +1,6 @@
 """deploy: plain modules with baked parameters, whose outputs are those of Eval mode; what cannot be baked stays."""
 
 import copy
-import io
-import pickle
 import subprocess
 import sys
 from collections import Counter
@@ -12,7 +10,23 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from models import KINDS, LAYOUTS, ConvNormAct, Functional, Layer, Net, Pair, Residual, data, net, prepared
+from models import (
+    KINDS,
+    LAYOUTS,
+    ConvNormAct,
+    Functional,
+    Layer,
+    Net,
+    Pair,
+    Residual,
+    conv_norm,
+    data,
+    net,
+    prepared,
+    reasons,
+    through_pickle,
+    through_torch_save,
+)
 from test_hooks import HOOKS
 from test_tune import CROSSING, WAYS, ByReference, ConvLast, NormFirst, snapshot
 from timm.layers import (
@@ -71,20 +85,12 @@ def deployed_with(model, pairs, **options):
     return deployed
 
 
-def reasons(deployed):
-    return {skip.batch_norm: skip.reason.name for skip in report(deployed).skipped}
-
-
 def norms_in(model):
     return [name for name, module in model.named_modules() if isinstance(module, NORMS)]
 
 
 def storages(model):
     return {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values() if tensor.numel()}
-
-
-def conv_norm(channels_in=3, channels_out=4):
-    return nn.Conv2d(channels_in, channels_out, 3, padding=1), nn.BatchNorm2d(channels_out)
 
 
 def pair(forward=None):
@@ -493,7 +499,7 @@ def test_convolutions_of_timm(conv, becomes, size):
     deployed = deployed_with(model, 1)
     assert type(deployed.conv) is becomes
     assert_same(model, deployed, data(2, model.conv.in_channels, size, size))
-    assert_same(model, pickle.loads(pickle.dumps(deployed)), data(2, model.conv.in_channels, size, size))
+    assert_same(model, through_pickle(deployed), data(2, model.conv.in_channels, size, size))
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU, None])
@@ -1175,7 +1181,7 @@ SOURCES = {
     "exported": lambda m: torch.export.export(m, (data(2, 3, 6, 6),)).module(),
     "exported and transformed": lambda m: transform(torch.export.export(m, (data(2, 3, 6, 6),)).module()),
     "transformed and copied": lambda m: copy.deepcopy(transform(convbn_fx.symbolic_trace(m))),
-    "transformed and pickled": lambda m: pickle.loads(pickle.dumps(transform(convbn_fx.symbolic_trace(m)))),
+    "transformed and pickled": lambda m: through_pickle(transform(convbn_fx.symbolic_trace(m))),
 }
 
 
@@ -1205,7 +1211,7 @@ def test_deployed_from(source):
     assert {type(conv) for conv in convs} == {nn.Conv2d}
     assert_same(model, copy.deepcopy(deployed), X)
     if "exported" not in source:
-        assert_same(model, pickle.loads(pickle.dumps(deployed)), X)
+        assert_same(model, through_pickle(deployed), X)
     assert_same(model, deploy(deployed), X)
     assert_same(model, made, X)
 
@@ -1350,14 +1356,7 @@ def test_what_is_done_to_the_result_is_not_done_to_the_original(change):
     assert snapshot(model) == before
 
 
-def saved_and_loaded(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved_and_loaded])
+@pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle, through_torch_save])
 @pytest.mark.parametrize("build", [net, lambda: prepared(Pair(nn.Linear(6, 4), nn.BatchNorm1d(4)))])
 def test_copies(build, copied):
     model = build()
@@ -1495,9 +1494,10 @@ ONNX = {
     [pytest.param(name, marks=[] if name in ("net", "tuned net") else [pytest.mark.slow]) for name in ONNX],
 )
 def test_onnx(name, tmp_path):
-    pytest.importorskip("onnxscript")
-    onnx = pytest.importorskip("onnx")
-    runtime = pytest.importorskip("onnxruntime")
+    import onnx
+    import onnxruntime
+    import onnxscript  # noqa: F401 - which torch.onnx needs
+
     torch.manual_seed(0)
     build, shape = ONNX[name]
     model = build().float()
@@ -1506,9 +1506,9 @@ def test_onnx(name, tmp_path):
     path = tmp_path / "model.onnx"
     torch.onnx.export(deploy(model), (x,), path, dynamo=True, verbose=False, external_data=False)
     assert "BatchNormalization" not in {node.op_type for node in onnx.load(path).graph.node}
-    options = runtime.SessionOptions()
+    options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(output), expected, rtol=1e-3, atol=1e-3)
 
@@ -1594,3 +1594,13 @@ def test_both_at_once_are_the_two_one_by_one(make):
     for together, alone in ((tuned, tune(model)), (deployed, deploy(model))):
         assert modules_of(together) == modules_of(alone)
         assert report(together) == report(alone)
+
+
+def test_what_is_left_of_a_batch_norm_keeps_its_modes():
+    torch.manual_seed(0)
+    norm = timm.layers.BatchNormAct2d(4, drop_layer=nn.Dropout)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), norm).train()
+    norm.training = False
+    deployed = deploy(model)
+    assert deployed[1].drop.training
+    assert not deployed[1].training

@@ -429,3 +429,20 @@ def test_registration_errors(register, cls, options, message):
     with pytest.raises(TypeError, match=f"{register.__name__}: {message}"):
         register(cls, **options)
     assert (kinds._CONVOLUTION_CLASSES, kinds._BATCH_NORM_CLASSES) == before
+
+
+@pytest.mark.parametrize("trace", [symbolic_trace, torch.fx.symbolic_trace], ids=["convbn_fx", "torch.fx"])
+def test_a_dtype_is_read_off_the_convolution_where_the_batch_norm_has_another(trace):
+    def forward(model, x):
+        y = model.conv(x)
+        return model.norm(y).to(y.dtype)
+
+    model = prepared(Pair(norm=torchvision.ops.FrozenBatchNorm2d(4), forward=forward))
+    model.conv.half()
+    transformed, x = transform(trace(model)), data(2, 3, 6, 6, dtype=torch.float16)
+    assert transformed(x).dtype == model(x).dtype == torch.float16
+
+
+def test_a_dtype_is_read_off_either_where_they_are_the_same():
+    model = prepared(Pair(forward=lambda m, x: m.norm(y := m.conv(x)).to(y.dtype)))
+    assert_equivalent(model, fused(model), X)

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.modules import module as global_hooks
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from convbn_fx import report
+from convbn_fx import report, tune
 from convbn_fx.memory import saved_bytes
 from convbn_fx.testing import assert_equivalent
 
@@ -284,3 +284,15 @@ def test_tensor_hooks_on_parameters(model):
         parameter.register_hook(lambda gradient: 3 * gradient)
     assert_equivalent(model, graph_module, X)
     assert runs_as_one(model, graph_module)
+
+
+@pytest.mark.usefixtures("real_costs")
+@pytest.mark.parametrize("fuse", [fused, tune])
+def test_a_weight_that_changes_when_it_is_read_is_read_once_where_a_pair_runs_apart(fuse):
+    model = prepared(Pair(nn.Conv2d(32, 32, 3), nn.BatchNorm2d(32)))
+    parametrizations.spectral_norm(model.conv.train())
+    after = fuse(model)
+    for _ in range(2):
+        assert_equivalent(model, after, data(1, 32, 3, 3))
+        with torch.no_grad():
+            assert_equivalent(model, after, data(1, 32, 3, 3))

@@ -8,7 +8,7 @@ from models import KINDS, NET_PAIRS, Functional, Pair, data, fused, fused_nodes,
 from torch import nn
 from torch.nn import functional as F
 
-from convbn_fx import report, symbolic_trace, transform
+from convbn_fx import report, symbolic_trace, transform, tune
 from convbn_fx.memory import saved_bytes
 from convbn_fx.testing import assert_equivalent
 
@@ -149,3 +149,48 @@ def test_training_given_as_an_argument_is_not_understood(training):
     assert_equivalent(model, graph_module, X, training)
     constant = fused(model, 0 if training else 1, trace=lambda m: symbolic_trace(m, {"training": training}))
     torch.testing.assert_close(constant(X, training), graph_module(X, training))
+
+
+# --- Batch norms with a `train` of their own ----------------------------------------------------------------------
+
+
+class FreezesItself(nn.BatchNorm2d):
+    def train(self, mode=True):
+        return super().train(False)
+
+
+class ConvolvesFirst(nn.BatchNorm2d):
+    def __init__(self):
+        super().__init__(4)
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, input):
+        statistics, parameters = (self.running_mean, self.running_var), (self.weight, self.bias)
+        return F.batch_norm(self.conv(input), *statistics, *parameters, self.training)
+
+
+@pytest.mark.parametrize("fuse", [fused, tune])
+def test_a_batch_norm_that_freezes_itself_stays_frozen(fuse):
+    model = prepared(Pair(norm=FreezesItself(4)))
+    after = fuse(model)
+    for training in (True, False):
+        model.train(training)
+        assert not after.train(training).norm.training
+        assert_equivalent(model, after, X)
+        assert saved_bytes(after, X) < saved_bytes(model, X)
+
+
+def test_norm_eval_holds_for_a_batch_norm_that_runs_a_pair_itself():
+    model = prepared(nn.Sequential(ConvolvesFirst()))
+    tuned = tune(model, norm_eval=True)
+    assert len(report(tuned).fused) == 1
+    assert not tuned.train()[0].training
+    assert_equivalent(model, tuned, X)
+
+
+def test_norm_eval_holds_in_what_is_tuned_again_for_batch_norms_in_no_pair_too():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4)).eval()
+    tuned = tune(tune(model, norm_eval=True)).train()
+    assert tuned[2].training
+    assert not tuned[1].training
+    assert not tuned[3].training

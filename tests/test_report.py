@@ -555,3 +555,14 @@ def test_the_graph_given_is_not_changed():
 
 def test_the_generated_code_names_the_public_function():
     assert "= convbn_fx_functional_conv_batch_norm(" in fused(prepared(Pair())).code
+
+
+def test_an_attribute_called_meta_is_no_report():
+    model = prepared(Pair())
+    model.meta = None
+    assert len(report(tune(model)).fused) == 1
+
+
+def test_a_wrapper_that_passes_attributes_on_adds_no_pairs():
+    compiled = torch.compile(fused(net(), NET_PAIRS), backend="eager")
+    assert len(report(compiled).fused) == NET_PAIRS

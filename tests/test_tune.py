@@ -3,9 +3,7 @@
 import copy
 import functools
 import inspect
-import io
 import os
-import pickle
 import subprocess
 import sys
 import threading
@@ -13,10 +11,25 @@ import warnings
 import weakref
 from pathlib import Path
 from types import MethodType, SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
-from models import ConvNormAct, Net, Pair, Residual, data, net, prepared
+from models import (
+    ConvNormAct,
+    Net,
+    Pair,
+    Residual,
+    conv_norm,
+    data,
+    modes,
+    net,
+    prepared,
+    reasons,
+    through_pickle,
+    through_torch_save,
+    tuned_with,
+)
 from test_hooks import GLOBAL_HOOKS, HOOKS
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -40,18 +53,8 @@ pytestmark = [
 ]
 
 
-def tuned_with(model, pairs, **options):
-    tuned = tune(model, **options)
-    assert len(report(tuned).fused) == pairs
-    return tuned
-
-
 def runs_fused(model, tuned, *inputs):
     return saved_bytes(tuned, *(inputs or (X,))) < saved_bytes(model, *(inputs or (X,)))
-
-
-def reasons(tuned):
-    return {skip.batch_norm: skip.reason.name for skip in report(tuned).skipped}
 
 
 def snapshot(model):
@@ -79,10 +82,6 @@ def gradients(model, run, x=X):
 def pair():
     torch.manual_seed(0)
     return prepared(Pair(nn.Conv2d(3, 4, 3, padding=1)))
-
-
-def conv_norm(channels_in=3, channels_out=4):
-    return nn.Conv2d(channels_in, channels_out, 3, padding=1), nn.BatchNorm2d(channels_out)
 
 
 # --- The result -------------------------------------------------------------------------------------------------
@@ -163,10 +162,6 @@ def test_mixed_modes_flipped_after_tune():
         assert_equivalent(model, tuned, X)
 
 
-def through_pickle(model):
-    return pickle.loads(pickle.dumps(model))
-
-
 # --- modules= and norm_eval= --------------------------------------------------------------------------------------
 
 
@@ -213,10 +208,6 @@ def test_wrong_arguments(arguments, error, message):
 def test_the_other_options_are_named():
     with pytest.raises(TypeError):
         tune(net(), None, True)
-
-
-def modes(model):
-    return {name: module.training for name, module in model.named_modules()}
 
 
 @pytest.mark.parametrize("copied", [nn.Module.eval, copy.deepcopy, through_pickle, tune])
@@ -817,13 +808,6 @@ def test_checkpoints_move_freely():
     assert_equivalent(model, tuned, X)
 
 
-def through_torch_save(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 @pytest.fixture(params=[copy.copy, copy.deepcopy, through_pickle, through_torch_save])
 def copied(request):
     return request.param
@@ -914,13 +898,6 @@ def test_a_tuned_part_of_a_larger_model():
 
 
 # --- B9: compositions ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def _fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
@@ -1393,7 +1370,7 @@ def test_a_graph_module_inside_is_pickled(graph):
     torch.manual_seed(0)
     model = prepared(nn.Sequential(*conv_norm(3, 4), nn.ReLU()))
     model.append(graph())
-    assert_equivalent(model, pickle.loads(pickle.dumps(tune(model))), X)
+    assert_equivalent(model, through_pickle(tune(model)), X)
 
 
 def test_a_graph_module_that_ends_in_a_convolution():
@@ -1519,3 +1496,41 @@ def test_a_batch_norm_whose_parameters_are_computed_at_each_call_saves_as_little
     image = torch.randn(2, 3, 12, 12, dtype=torch.float64)
     assert_equivalent(original, tuned, image)
     assert saved_bytes(tuned, image) < 0.5 * saved_bytes(original, image)
+
+
+# --- Modules in containers ----------------------------------------------------------------------------------------
+
+
+class Layers(NamedTuple):
+    conv: nn.Module
+    norm: nn.Module
+
+
+def in_a_namedtuple(model):
+    model.layers = Layers(model.conv, model.norm)
+    return lambda self, x: self.layers.norm(self.layers.conv(x))
+
+
+def in_a_list_of_an_object(model):
+    model.box = SimpleNamespace(layers=[model.conv, model.norm])
+    return lambda self, x: self.box.layers[1](self.box.layers[0](x))
+
+
+def in_a_list_that_a_function_closes_over(model):
+    layers = [model.conv, model.norm]
+    model.run = lambda x: layers[1](layers[0](x))
+    return lambda self, x: self.run(x)
+
+
+@pytest.mark.parametrize(
+    "held", [in_a_namedtuple, in_a_list_of_an_object, in_a_list_that_a_function_closes_over]
+)
+def test_modules_are_found_wherever_an_attribute_holds_them(held):
+    model = prepared(Pair())
+    forward = held(model)
+    model.__class__ = type("Holding", (Pair,), {"forward": forward})
+    tuned = tuned_with(model, 1)
+    x = data(2, 3, 6, 6)
+    assert saved_bytes(tuned, x) < saved_bytes(model, x)
+    for training in (False, True, False):
+        assert_equivalent(model.train(training), tuned.train(training), x)

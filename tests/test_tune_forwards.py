@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from models import data, prepared
+from models import data, prepared, tuned_with
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
@@ -21,7 +21,6 @@ from convbn_fx.memory import saved_bytes
 from convbn_fx.testing import assert_equivalent
 
 X = data(2, 3, 6, 6)
-ZEROS = torch.zeros_like(X)
 
 
 def built(forward, **attributes):
@@ -36,12 +35,6 @@ def built(forward, **attributes):
     for name, value in attributes.items():
         setattr(model, name, value)
     return prepared(model)
-
-
-def tuned_with(model, pairs, **options):
-    tuned = tune(model, **options)
-    assert len(report(tuned).fused) == pairs
-    return tuned
 
 
 def runs_fused(model, tuned, *inputs, **kwargs):
@@ -995,3 +988,14 @@ def offloaded_norm(m, x):
 def test_saved_tensors_hooks_inside_a_forward(forward):
     model = built(forward)
     assert_equivalent(model, tune(model), X)
+
+
+def test_a_size_asked_for_by_keyword_on_a_path_that_was_not_foreseen():
+    def forward(self, x, scale=None, shift=None, by_size=None):
+        y = self.conv(x)
+        z = self.norm(y)
+        return z * y.size(dim=1) if by_size is not None and scale is not None and shift is None else z
+
+    model = built(forward)
+    tuned = tuned_with(model, 1)
+    assert_equivalent(model, tuned, X, 1.0, None, 2.0)
