@@ -362,17 +362,21 @@ def _timed_lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[object, ..
 
 
 def cases(result: Result) -> Iterator[Case]:
-    """The one comparison in which another contender may be better; memory is that at the measured peak of a step.
+    """The comparisons in which another contender may be better; memory is that at the peak of a step.
 
     Args:
         result: The benchmark's.
 
     Yields:
-        It.
+        The one that was measured, and those that were counted.
     """
+    batches, image = result.settings["batches"], result.settings["image"]
     peaks = {row["contender"]: row["peak"] for row in result.rows}
     seconds = {row["contender"]: row["seconds"] for row in result.rows}
-    yield Case(f"resnet50, {result.settings['batches'][0]}x{result.settings['image']}", peaks, seconds)
+    yield Case(f"resnet50, {batches[0]}x{image}", peaks, seconds)
+    for batch in batches:
+        counted = {row["contender"]: row["counted_peak"][str(batch)] for row in result.rows}
+        yield Case(f"resnet50, {batch}x{image}, counted", counted, {})
 
 
 def plot(result: Result) -> Figure:

@@ -46,7 +46,7 @@ def better_than_tune(cases: Iterable[Case]) -> Iterator[str]:
                 faster.setdefault(contender, []).append(f"{case.label} ({of_tune.median:.2f})")
     for advantage, found in (("takes less memory", smaller), ("takes less time", faster)):
         for contender, places in found.items():
-            yield f"{contender} {advantage}, in parts of Tune's: {'; '.join(places)}."
+            yield f"{contender} {advantage}: {'; '.join(places)}."
 
 
 def _byte_ratios(case: Case) -> Iterator[tuple[str, float]]:

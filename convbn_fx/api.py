@@ -241,8 +241,9 @@ def report(model: nn.Module) -> Report:
     """What the pass did to a model and what it left alone, with reasons.
 
     Args:
-        model: The result of [`transform`][convbn_fx.transform], or a model that holds such results as sub-modules,
-            whose reports are added up under their qualified names.
+        model: What [`transform`][convbn_fx.transform], [`tune`][convbn_fx.tune] or [`deploy`][convbn_fx.deploy]
+            returned, a model compiled with `backend="convbn"` that has been called, or a model that holds such as
+            sub-modules, whose reports are added up under their qualified names.
 
     Returns:
         The report; `print` it for a table.

@@ -1,10 +1,13 @@
 """The README shows what happens."""
 
 import csv
+import json
 import re
 from pathlib import Path
 
 import pytest
+
+from bench.timing import ratio
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -51,3 +54,15 @@ def test_the_numbers_of_the_zoo():
     page = (ROOT / "docs/zoo.md").read_text(encoding="utf-8")
     in_table = [int(number) for number in re.findall(r"^\|.*\| (\d+) \|$", page, flags=re.MULTILINE)]
     assert in_table == [told[0], told[1], told[3], told[2], 0]
+
+
+def test_the_numbers_of_the_benchmarks():
+    rows = json.loads((ROOT / "bench/results/resnet50-grid.json").read_text(encoding="utf-8"))["rows"]
+    found = {(row["model"], row["batch"], row["size"]): row for row in rows}
+    large, small = found["resnet50", 16, 224], found["mobilenet_v2", 1, 64]
+    ratios = [
+        large["bytes"]["Tune"] / large["bytes"]["Eval"],
+        *(ratio(row["seconds"]["Tune"], row["seconds"]["Eval"]).median for row in (large, small)),
+    ]
+    (paragraph,) = re.findall(r"^ResNet-50 on .*?\n\n", README, flags=re.MULTILINE | re.DOTALL)
+    assert re.findall(r"\d\.\d+", paragraph) == [f"{each:.2f}" for each in ratios]
