@@ -271,7 +271,8 @@ def report(model: nn.Module) -> Report:
         for name, module in model.named_modules()
         for part in (
             vars(module).get(REPORT),
-            module.meta.get(META_KEY) if isinstance(module, torch.fx.GraphModule) else None,
+            # torchvision has GraphModules that lack it.
+            getattr(module, "meta", {}).get(META_KEY) if isinstance(module, torch.fx.GraphModule) else None,
         )
         if part is not None
     ]

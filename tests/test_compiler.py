@@ -1334,7 +1334,6 @@ def test_a_layer_with_a_large_weight_saves_no_more_than_in_eval_mode(change):
     assert saved_bytes(candidate, x) <= saved_bytes(model, x)
 
 
-@pytest.mark.xfail(strict=True, reason="the pairs of a compiled GraphModule are told by two names")
 def test_a_transformed_model_compiled():
     model = net()
     graph_module = fused(model, len(NET))

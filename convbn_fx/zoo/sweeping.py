@@ -1,6 +1,7 @@
 """Many models measured side by side, through joblib: on this machine, or on a cluster of Dask or Ray."""
 
 import os
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -118,6 +119,7 @@ class _OfLoky:
 
     def __call__(self, name: str) -> Row:
         if os.getpid() != self.driver:  # where a single job runs
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, who ends this process
             end_with(self.driver)
         return self.job(name)
 
@@ -169,9 +171,8 @@ def _ray(cluster: Cluster) -> Iterator[Runner]:
 
         def run(job: _Job, names: Sequence[str]) -> Iterator[Row]:
             with joblib.parallel_config(backend="ray", n_jobs=jobs):
-                for first in range(
-                    0, len(names), 4 * jobs
-                ):  # of Ray, the rows come all together or not at all
+                # Of Ray, the rows come all together or not at all.
+                for first in range(0, len(names), 4 * jobs):
                     some = names[first : first + 4 * jobs]
                     yield from joblib.Parallel(batch_size=1)(joblib.delayed(job)(name) for name in some)
 
