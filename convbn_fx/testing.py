@@ -1,32 +1,26 @@
 """The oracle: does a candidate model do exactly what a reference model does?
 
-One call is *observed* as three flat dictionaries from a readable name to a value: the outputs, the
-gradients of one random linear function of the outputs, and the state left behind (inputs, parameters,
-buffers, random numbers). Two calls are equivalent if their dictionaries are. Both models are put back
-as they were found after each call, so they may share parameters, buffers and whole modules.
+Each is called once and observed (`observing`); two calls are equivalent if what was observed is.
 
-Imports torch only: an oracle must not share code with what it judges.
+Imports torch and the observer only: an oracle must not share code with what it judges.
 """
 
 from __future__ import annotations
 
-import random
-import re
 import reprlib
-import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils import _pytree as pytree
+
+from convbn_fx.observing import Model, Values, is_inexact, observe_both
 
 __all__ = ["Comparison", "assert_equivalent", "compare", "randomize_batchnorms"]
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-Model = Callable[..., object]
 
 #: How each tensor of a batch norm is made from a standard normal and a uniform [0, 1) draw.
 _DRAWS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -50,9 +44,6 @@ _TOLERANCES: Mapping[object, tuple[float, float]] = {
     torch.float16: (3e-2, 1e-3),
     torch.bfloat16: (3e-2, 1e-2),
 }
-
-#: What torch.compile and checkpoint wrappers put into qualified names.
-_WRAPPERS = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module)\.")
 
 
 def randomize_batchnorms(model: ModuleT, seed: int = 0) -> ModuleT:
@@ -159,14 +150,14 @@ def compare(
         assert comparison.gradients["gradient of bias"] == 0
         ```
     """
-    expected, actual = _observe_both(
+    expected, actual = observe_both(
         reference, candidate, inputs, kwargs or {}, seed=seed, input_gradients=input_gradients
     )
     if expected.error is not None:
         raise expected.error
     _assert_same_names(expected.outputs, actual.outputs)
 
-    def relative_errors(wanted: _Values, found: _Values) -> dict[str, float]:
+    def relative_errors(wanted: Values, found: Values) -> dict[str, float]:
         differences = [
             _difference(name, value, found[name])
             for name, value in wanted.items()
@@ -255,7 +246,7 @@ def assert_equivalent(
         assert_equivalent(model, tuned, torch.randn(2, 3, 8, 8, dtype=torch.float64))
         ```
     """
-    expected, actual = _observe_both(
+    expected, actual = observe_both(
         reference, candidate, inputs, kwargs or {}, seed=seed, input_gradients=input_gradients
     )
     for wanted, found in (
@@ -270,22 +261,6 @@ def assert_equivalent(
             difference.check(rtol, atol, scales[difference.owner])
     if expected.error is not None:
         raise expected.error
-
-
-_Values = dict[str, object]
-
-
-@dataclass
-class _Call:
-    """What one call did: everything that is compared, by name."""
-
-    error: Exception | None = None
-    outputs: _Values = field(default_factory=dict)
-    gradients: _Values = field(default_factory=dict)
-    state: _Values = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return f"raised {self.error!r}" if self.error is not None else "returned"
 
 
 @dataclass(frozen=True)
@@ -331,144 +306,7 @@ def _scales_of_owners(differences: Iterable[_Difference]) -> dict[str, float]:
     return scales
 
 
-def _observe_both(
-    reference: Model,
-    candidate: Model,
-    inputs: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    *,
-    seed: int,
-    input_gradients: bool,
-) -> tuple[_Call, _Call]:
-    """Observe each model from the same state; AssertionError if only one raises, or another type."""
-    models = (reference, candidate)
-    devices = _accelerators(inputs, kwargs, *models)
-    put_back = _snapshot(models, devices)
-    calls = []
-    for model in models:
-        try:
-            call = _observe(model, inputs, kwargs, seed=seed, input_gradients=input_gradients)
-            after = {f"{name} after the call": value for name, value in _random_state(devices).items()}
-            call.state |= after
-            calls.append(call)
-        finally:
-            put_back()
-    expected, actual = calls
-    if type(expected.error) is not type(actual.error):
-        message = f"the reference {expected}, but the candidate {actual}"
-        raise AssertionError(message) from (actual.error or expected.error)
-    for name in _non_persistent_buffers(candidate):  # the candidate may have more of them than the reference
-        key = f"buffer {name} after the call"
-        if key not in expected.state:
-            actual.state.pop(key, None)
-    return expected, actual
-
-
-def _non_persistent_buffers(model: object) -> set[str]:
-    """Names of the buffers that no checkpoint holds: constants of a traced graph, for example."""
-    if not isinstance(model, nn.Module):
-        return set()
-    return {
-        _WRAPPERS.sub("", f"{prefix}.{name}" if prefix else name)
-        for prefix, module in model.named_modules(remove_duplicate=False)
-        for name in module._non_persistent_buffers_set
-    }
-
-
-def _observe(
-    model: Model,
-    inputs: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    *,
-    seed: int,
-    input_gradients: bool,
-) -> _Call:
-    """Call the model on a copy of the inputs, and write down what happens."""
-    call = _Call()
-    copies: dict[int, tuple[Tensor, Tensor]] = {}  # by identity: (the leaf, what the model gets)
-
-    def copied(tensor: Tensor) -> Tensor:
-        if id(tensor) not in copies:
-            leaf = tensor.detach().clone()
-            leaf.requires_grad_(torch.is_grad_enabled() and input_gradients and _is_inexact(leaf))
-            copies[id(tensor)] = leaf, leaf.clone()
-        return copies[id(tensor)][1]
-
-    given = {f"input {name}": value for name, value in [*enumerate(inputs), *kwargs.items()]}
-    fed = pytree.tree_map_only(Tensor, copied, given)
-    arguments = list(fed.values())
-    positional, keywords = arguments[: len(inputs)], arguments[len(inputs) :]
-
-    sources = {
-        name: copies[id(tensor)][0] for name, tensor in _flatten_all(given).items() if id(tensor) in copies
-    }
-    sources |= _named(model, "parameters")
-    sources = {
-        f"gradient of {name}": source
-        for name, source in sources.items()
-        if torch.is_grad_enabled() and source.requires_grad
-    }
-
-    try:
-        with warnings.catch_warnings():  # Dynamo reads .grad of its inputs, also where they are no leaves
-            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
-            result = model(*positional, **dict(zip(kwargs, keywords, strict=True)))
-        outputs = _flatten("output", result)
-        call.outputs = {name: _frozen(value) for name, value in outputs.items()}
-        call.gradients = _gradients(outputs, sources, seed)
-    except Exception as error:  # noqa: BLE001 (whatever a model raises is compared too)
-        call.error = error
-
-    state = _flatten_all(fed)
-    state |= {f"parameter {name}": tensor for name, tensor in _named(model, "parameters").items()}
-    state |= {f"buffer {name}": tensor for name, tensor in _named(model, "buffers").items()}
-    call.state = {f"{name} after the call": _frozen(value) for name, value in state.items()}
-    return call
-
-
-def _gradients(outputs: _Values, sources: Mapping[str, Tensor], seed: int) -> _Values:
-    """Gradients of ``sum(<cotangent, output>)``, or None, with random cotangents."""
-    generator = torch.Generator().manual_seed(seed)
-    roots, cotangents = [], []
-    for output in outputs.values():
-        if isinstance(output, Tensor) and _is_inexact(output):
-            dtype = torch.complex128 if output.is_complex() else torch.float64
-            cotangent = torch.randn(output.shape, generator=generator, dtype=dtype)
-            if output.requires_grad:
-                roots.append(output)
-                cotangents.append(cotangent.to(output))
-    if not roots or not sources:
-        return dict.fromkeys(sources)
-    gradients = torch.autograd.grad(roots, list(sources.values()), cotangents, allow_unused=True)
-    return dict(zip(sources, gradients, strict=True))
-
-
-def _flatten(name: str, tree: object) -> _Values:
-    """Every leaf of a tree by its place, after the structure of the tree; dataclasses are opened."""
-    leaves: Iterable[tuple[str, object]]
-    try:
-        keyed, structure = pytree.tree_flatten_with_path(tree)
-        leaves = [(pytree.keystr(path), leaf) for path, leaf in keyed]
-    except ValueError:  # a container registered without names for its children
-        unnamed, structure = pytree.tree_flatten(tree)
-        leaves = [(f"<leaf {position}>", leaf) for position, leaf in enumerate(unnamed)]
-    values: _Values = {f"structure of {name}": structure}
-    for path, leaf in leaves:
-        place = name + path
-        if is_dataclass(leaf) and not isinstance(leaf, type):
-            values[f"structure of {place}"] = type(leaf)
-            for part in fields(leaf):
-                values |= _flatten(f"{place}.{part.name}", getattr(leaf, part.name))
-        else:
-            values[place] = leaf
-    return values
-
-
-def _flatten_all(trees: Mapping[str, object]) -> _Values:
-    return {place: leaf for name, tree in trees.items() for place, leaf in _flatten(name, tree).items()}
-
-
-def _assert_same_names(wanted: _Values, found: _Values) -> None:
+def _assert_same_names(wanted: Values, found: Values) -> None:
     """Assert that both have the same names; where structures differ, tell of these instead."""
     for name in wanted:
         if name.startswith("structure of") and name in found:
@@ -522,81 +360,7 @@ def _tensor_difference(name: str, kind: object, expected: Tensor, actual: Tensor
 
 def _largest_magnitude(tensor: Tensor) -> float:
     """The largest finite magnitude in a tensor, 0 where there is none."""
-    magnitudes = (tensor if _is_inexact(tensor) else tensor.double()).abs()
+    magnitudes = (tensor if is_inexact(tensor) else tensor.double()).abs()
     if magnitudes.numel() and not magnitudes.max().isfinite():
         magnitudes = magnitudes[magnitudes.isfinite()]
     return magnitudes.max().item() if magnitudes.numel() else 0.0
-
-
-def _snapshot(models: Iterable[Model], devices: Iterable[torch.device]) -> Callable[[], None]:
-    """Remember all modules' attributes, registrations and tensors and the random state.
-
-    Returns:
-        A function that puts them back.
-    """
-    modules = {module for model in models if isinstance(model, nn.Module) for module in model.modules()}
-    holders = [vars(module) for module in modules]
-    holders += [held for m in modules for held in (m._parameters, m._buffers, m._modules)]
-    found = [(holder, dict(holder)) for holder in holders]
-    values = [value for _, items in found for value in items.values() if isinstance(value, Tensor)]
-    contents = [(tensor, tensor.detach().clone()) for tensor in {id(v): v for v in values}.values()]
-    random_state = _random_state(devices)
-
-    def put_back() -> None:
-        for holder, items in found:
-            if [(k, id(v)) for k, v in holder.items()] != [(k, id(v)) for k, v in items.items()]:
-                holder.clear()
-                holder.update(items)
-        for tensor, content in contents:
-            if not torch.equal(tensor, content):
-                tensor.data.copy_(content)  # .data: graphs of the caller must not see a new version
-        _set_random_state(random_state, devices)
-
-    return put_back
-
-
-def _random_state(devices: Iterable[torch.device]) -> _Values:
-    return {
-        "random state of Python": random.getstate(),
-        "random state of cpu": torch.get_rng_state(),
-        **{
-            f"random state of {device}": torch.get_device_module(device).get_rng_state(device)
-            for device in devices
-        },
-    }
-
-
-def _set_random_state(state: _Values, devices: Iterable[torch.device]) -> None:
-    python, cpu, *others = state.values()
-    random.setstate(python)  # type: ignore[arg-type]
-    torch.set_rng_state(cpu)  # type: ignore[arg-type]
-    for device, other in zip(devices, others, strict=True):
-        torch.get_device_module(device).set_rng_state(other, device)
-
-
-def _accelerators(*trees: object) -> list[torch.device]:
-    """Devices other than the CPU that hold a tensor of these inputs and models."""
-    leaves = pytree.tree_leaves(trees)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    for kind in ("parameters", "buffers"):
-        tensors += [tensor for leaf in leaves for tensor in _named(leaf, kind).values()]
-    return [device for device in {t.device for t in tensors} if device.type not in ("cpu", "meta")]
-
-
-def _named(model: object, kind: str) -> dict[str, Tensor]:
-    """Parameters or buffers under all their qualified names, as if no wrapper were there."""
-    if not isinstance(model, nn.Module):
-        return {}
-    named = getattr(model, f"named_{kind}")(remove_duplicate=False)
-    return {_WRAPPERS.sub("", name): tensor for name, tensor in named}
-
-
-def _frozen(value: object) -> object:
-    """What later changes in place cannot reach, and what needs no graph to say that it requires grad."""
-    if not isinstance(value, Tensor):
-        return value
-    return value.detach().clone().requires_grad_(value.requires_grad)
-
-
-def _is_inexact(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
