@@ -317,7 +317,8 @@ def test_every_part_called_directly(crossing):
         x = block(x)
 
 
-@pytest.mark.timeout(3)  # seconds: a non-full backward hook looks for a tensor in what the block returns
+# A non-full backward hook looks for a tensor in what the block returns, and so without end in a stand-in.
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("kind", HOOKS)
 def test_a_hook_on_a_block_that_a_pair_crosses(crossing, kind):
     tuned = tune(crossing)
