@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.fx import Node
 from torch.nn.modules.conv import _ConvTransposeNd
 
@@ -20,6 +21,7 @@ from convbn_fx.functional import conv_batch_norm
 from convbn_fx.graph_module import GraphModule
 from convbn_fx.operands import BatchNorm, Convolution
 from convbn_fx.records import Refusal, Skip, SkipReason
+from convbn_fx.rewriting import BATCH_NORM
 
 
 class Folded(nn.Identity):
@@ -171,6 +173,9 @@ def _baked(conv: nn.Module | Convolution, norm: nn.Module | BatchNorm) -> nn.Mod
     norm_operands = _frozen_operands(norm, operands) if isinstance(norm, nn.Module) else norm
     weight, bias = _fold(operands, norm_operands)
     plain: Any = cls(**arguments, bias=True, device="meta")
+    # This is what the forward pads by, whatever the padding was changed to since.
+    if (padding := getattr(conv, "_reversed_padding_repeated_twice", None)) is not None:
+        plain._reversed_padding_repeated_twice = padding
     tensors = (operands.weight, operands.bias, norm_operands.weight, norm_operands.bias)
     trains = any(tensor is not None and tensor.requires_grad for tensor in tensors)
     plain.weight, plain.bias = (nn.Parameter(tensor, requires_grad=trains) for tensor in (weight, bias))
@@ -190,7 +195,11 @@ def _plain_form(conv: Any) -> tuple[type[nn.Module], Convolution, dict[str, Any]
         "", weight, conv.bias, transposed=issubclass(cls, _ConvTransposeNd), groups=getattr(conv, "groups", 1)
     )
     parameters = signature(cls.__init__).parameters
-    return cls, operands, {name: getattr(conv, name) for name in _CONSTRUCTOR if name in parameters}
+    arguments = {name: getattr(conv, name) for name in _CONSTRUCTOR if name in parameters}
+    if "in_channels" in arguments:  # a pruned convolution may say what it had before
+        inputs = weight.shape[0] if operands.transposed else weight.shape[1] * operands.groups
+        arguments |= {"in_channels": inputs, "out_channels": output_channels(operands)}
+    return cls, operands, arguments
 
 
 def _plain_form_of_call(conv: Convolution) -> tuple[type[nn.Module], Convolution, dict[str, Any]]:
@@ -226,7 +235,8 @@ def _fold(conv: Convolution, norm: BatchNorm) -> tuple[Tensor, Tensor]:
         raise Refusal(SkipReason.CHANNELS_DIFFER)
     with torch.no_grad():
         weight, bias = fold(conv, norm)
-    if not weight.is_meta and not (weight.isfinite().all() and bias.isfinite().all()):
+    has_data = not (weight.is_meta or isinstance(weight, FakeTensor))
+    if has_data and not (weight.isfinite().all() and bias.isfinite().all()):
         raise Refusal(SkipReason.OUT_OF_RANGE, str(weight.dtype))
     return weight, bias
 
@@ -257,7 +267,8 @@ def bake_graph(graph_module: GraphModule) -> list[Skip]:
             conv, norm = (_constant(operand, graph_module) for operand in node.args[:2])
             plain = _baked(conv, norm)
         except Refusal as refusal:
-            skips.append(Skip(names[-1] if names else node.name, refusal.reason, refusal.detail))
+            name = node.meta.get(BATCH_NORM) or (names[-1] if names else node.name)
+            skips.append(Skip(name, refusal.reason, refusal.detail))
             continue
         check = _check(plain, [norm])
         rest = _remainder(norm, check) if isinstance(norm, nn.Module) else check

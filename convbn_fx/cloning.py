@@ -114,6 +114,10 @@ def _mirrored(value: Any, copies: dict[int, Any]) -> Any:
     mirror = _MIRRORS.get(type(value))
     if mirror is not None:
         return mirror(value, copies)
+    if isinstance(value, (list, set, deque, dict)) and _refers_to_a_copy(
+        value.values() if isinstance(value, dict) else value, copies
+    ):
+        return _mirrored_container(value, copies)  # of a class of its own
     if hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module, torch.Tensor)):
         return _mirrored_object(value, copies)
     return value
@@ -166,7 +170,8 @@ def _contents(cell: CellType) -> list[Any]:
 
 def _mirrored_function(function: FunctionType, copies: dict[int, Any]) -> FunctionType:
     """The function, closing over the copies."""
-    if not _refers_to_a_copy(_cells(function), copies):
+    defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    if not _refers_to_a_copy(_cells(function) + defaults, copies):
         return function
     cells = tuple(
         CellType(_mirrored(cell.cell_contents, copies))
@@ -175,9 +180,13 @@ def _mirrored_function(function: FunctionType, copies: dict[int, Any]) -> Functi
         for cell in function.__closure__ or ()
     )
     mirrored = FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, cells
+        function.__code__,
+        function.__globals__,
+        function.__name__,
+        _mirrored(function.__defaults__, copies),
+        cells or None,
     )
-    mirrored.__kwdefaults__ = function.__kwdefaults__
+    mirrored.__kwdefaults__ = _mirrored(function.__kwdefaults__, copies)
     vars(mirrored).update(vars(function))
     return mirrored
 

@@ -4,6 +4,7 @@ A backend is given graphs, not the model: what it did in them is found again by 
 that is asked for.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final
@@ -16,6 +17,13 @@ from convbn_fx.records import Pair, Report, Skip, SkipReason, without_wrappers
 
 #: Attribute of a batch norm's running mean: the records that are about it, each with the id of a convolution's weight.
 _NOTES: Final = "_convbn_fx_notes"
+
+
+class _NotesOfTensor(OrderedDict[tuple[Pair | Skip, int | None], None]):
+    """Stay with the tensor: a copy belongs to another model, and a file is read where this library is not."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return OrderedDict, ()
 
 
 class Notes:
@@ -39,8 +47,10 @@ class Notes:
         """Notes on each batch norm's tensor among the inputs of a call what was done in the graph."""
         for number, record, weight in self._notes:
             note = (record, None if weight is None else id(inputs[weight]))
-            if isinstance(inputs[number], Tensor) and note not in vars(inputs[number]).get(_NOTES, ()):
-                vars(inputs[number]).setdefault(_NOTES, []).append(note)
+            if isinstance(inputs[number], Tensor):
+                if type(vars(inputs[number]).get(_NOTES)) is not _NotesOfTensor:
+                    vars(inputs[number])[_NOTES] = _NotesOfTensor()
+                vars(inputs[number])[_NOTES].setdefault(note)
 
 
 def compiled_report(model: nn.Module) -> Report | None:

@@ -96,8 +96,13 @@ _hooks: Final = partial(torch._C._autograd._top_saved_tensors_default_hooks, Tru
 
 
 def _surroundings() -> tuple[bool, *tuple[object, ...]]:
-    """Grad mode, the hooks on saved tensors by which regions are recomputed or offloaded, and a backward pass."""
-    return torch.is_grad_enabled(), _hooks(), torch._C._current_graph_task_id()
+    """Grad mode, hooks on saved tensors by which regions are recomputed or offloaded, a backward pass, transforms."""
+    return (
+        torch.is_grad_enabled(),
+        _hooks(),
+        torch._C._current_graph_task_id(),
+        torch._C._functorch.maybe_current_level(),
+    )
 
 
 @dataclass
@@ -207,7 +212,9 @@ class Waiting:
         if self.autocast != autocast_state(self.input.device.type):
             return None
         if norm is self.norm and self._has_done_what_it_would_do_now():
-            return finished(self.norm, self.norm_kind, self.normalised)  # type: ignore[arg-type]
+            # Once: the forward may change it in place, and then ask for it again.
+            normalised, self.normalised = self.normalised, None
+            return finished(self.norm, self.norm_kind, normalised)  # type: ignore[arg-type]
         # Which one would come was not known, or it computes its operands anew whenever they are read.
         kind = frozen_kind(norm)
         if kind is None or not self._is_unchanged():

@@ -78,7 +78,9 @@ def discover(model: nn.Module, include_training: bool = False) -> Discovery:
     with left_as_found(model):
         # Children first: how their forwards begin and end decides whether their parent looks inside them.
         for name, module in _with_forwards_of_their_own(model):
+            ways = []
             for way in explore(module, ends):
+                ways.append(way)
                 ends.learn(way)
                 matches, refusals = find_pairs_in(way.graph, module, include_training)
                 judged = [(match, _refusal(match, way)) for match in matches]
@@ -95,8 +97,8 @@ def discover(model: nn.Module, include_training: bool = False) -> Discovery:
                     decided[_joined(name, output)] = _KEPT
                 used_apart |= _used_apart(way, taken)
                 loose |= {(id(member), name) for member in _at_the_ends(way, taken)}
-                if not way.is_whole:
-                    not_followed.add(name)
+            if not _are_all(ways, module):
+                not_followed.add(name)
     for key, pair in list(pairs.items()):
         decision = decided.get(pair.record.batch_norm) or decided.get(pair.record.convolution)
         if decision is not None:
@@ -111,6 +113,21 @@ def discover(model: nn.Module, include_training: bool = False) -> Discovery:
         sorted(pairs.values(), key=lambda pair: place[pair.owner]),
         sorted(left, key=lambda skip: place[skip.batch_norm.rpartition(".")[0]]),
         used_apart,
+    )
+
+
+def _are_all(ways: list[Way], root: nn.Module) -> bool:
+    """Whether nothing can happen in the root's forward that none of these ways goes through."""
+    if not all(way.is_whole for way in ways):
+        return False
+    if not any(way.has_guessed_a_number for way in ways):
+        return True
+    # A loop that is longer than was guessed may call what none of them does.
+    called = {str(node.target) for way in ways for node in way.graph.nodes if node.op == "call_module"}
+    return not any(
+        (kinds.resembles_convolution(module) or kinds.resembles_batch_norm(module))
+        and called.isdisjoint({name, *_enclosing(name)})
+        for name, module in root.named_modules()
     )
 
 

@@ -14,7 +14,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from itertools import product
 from types import FrameType, FunctionType
 from typing import Any, Final
@@ -54,6 +54,7 @@ class Way:
     sites: dict[Node, Site | None]
     with_other_gradients: set[Node]
     is_whole: bool
+    has_guessed_a_number: bool = False
 
 
 class _Guess(Proxy):
@@ -72,14 +73,17 @@ class _Guess(Proxy):
         try:
             return super().__iter__()
         except torch.fx.proxy.TraceError:
+            self.tracer.has_guessed_a_number = True
             return iter(
                 [self.tracer.create_proxy("call_function", operator.getitem, (self, i), {}) for i in (0, 1)]
             )
 
     def __len__(self) -> int:
+        self.tracer.has_guessed_a_number = True
         return 2
 
     def __int__(self) -> int:
+        self.tracer.has_guessed_a_number = True
         return 1
 
     __index__ = __int__
@@ -112,6 +116,7 @@ class _Explorer(Tracer):
         self.given = given
         self.decisions = list(decisions)
         self.taken = 0
+        self.has_guessed_a_number = False
         self.frames: dict[FrameType, int] = {}
         self.methods: dict[Node, set[tuple[int, str]]] = {}
         self.sites: dict[Node, Site | None] = {}
@@ -191,6 +196,8 @@ class _Explorer(Tracer):
         """Makes a value an argument of a node; an object that a graph cannot hold is left out."""
         if type(a) is _Guess:
             return a.node
+        if is_dataclass(a) and not isinstance(a, (type, dict)):
+            self.left_out.append(a)  # the forward hands it on as it is, and nothing looks inside
         try:
             return super().create_arg(a)
         except (NotImplementedError, NameError, RuntimeError):
@@ -278,6 +285,7 @@ def _ways(root: nn.Module, opened: frozenset[str]) -> Iterator[Way]:
             explorer.sites,
             explorer.with_other_gradients,
             followed and not (pending and number == _WAYS - 1),
+            explorer.has_guessed_a_number,
         )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+import torch
 from torch.overrides import TorchFunctionMode
 
 from convbn_fx import kinds
@@ -50,6 +51,8 @@ class FunctionPairs(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # a part of the forward is compiled by itself
+            return func(*args, **kwargs)
         if func in kinds.CONVOLUTION_FUNCTIONS:
             pairing = self.sites.get(site_of_caller(sys._getframe(1)) or ("", ""))
             if pairing is not None and pairing.allows():

@@ -7,7 +7,7 @@ convolution, or of the batch norm where its operands are computed in between. Mo
 
 import copy
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Final
 
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
@@ -16,6 +16,9 @@ from convbn_fx.functional import conv_batch_norm
 from convbn_fx.graph_module import GraphModule
 from convbn_fx.operands import BatchNorm
 from convbn_fx.records import Match
+
+#: Key in the meta of a fused call: the name of its batch norm in the report.
+BATCH_NORM: Final = "convbn_fx_batch_norm"
 
 
 def copied(graph_module: Any) -> GraphModule:
@@ -84,7 +87,7 @@ def _fuse(graph: Graph, match: Match, replaced: dict[Node, Node]) -> Node:
             ((*operands, *match.args), match.kwargs), lambda node: replaced.get(node, node)
         )
         fused = graph.call_function(conv_batch_norm, args, kwargs)
-    fused.meta = dict(match.output_node.meta)
+    fused.meta = {**match.output_node.meta, BATCH_NORM: match.pair.batch_norm}
     match.output_node.replace_all_uses_with(fused)
     match.convolution_node.replace_all_uses_with(fused, lambda user: user is not match.batch_norm_node)
     for node in (*match.batch_norm_node.users, match.batch_norm_node, match.convolution_node):

@@ -26,9 +26,10 @@ REPORT: Final = "_convbn_fx_report"
 STAYS_IN_EVAL_MODE: Final = "_convbn_fx_stays_in_eval_mode"
 
 
-def _convolution_forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
+def _convolution_forward(cls: type[nn.Module], name: str) -> Callable[..., Any]:
+    @functools.wraps(getattr(cls, name))
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        original = getattr(cls, name)
         if torch.compiler.is_compiling():
             return original(self, *args, **kwargs)
         args, kwargs = settled(args), settled(kwargs) if kwargs else kwargs
@@ -43,9 +44,10 @@ def _convolution_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _batch_norm_forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
+def _batch_norm_forward(cls: type[nn.Module], name: str) -> Callable[..., Any]:
+    @functools.wraps(getattr(cls, name))
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        original = getattr(cls, name)
         if torch.compiler.is_compiling():
             return original(self, *args, **kwargs)
         for value in (*args, *kwargs.values()):
@@ -57,11 +59,13 @@ def _batch_norm_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _owning_method(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
+def _owning_method(cls: type[nn.Module], name: str) -> Callable[..., Any]:
+    @functools.wraps(getattr(cls, name))
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        original = getattr(cls, name)
         scope, calls = vars(self).get(SCOPE), vars(self).get(FUNCTION_CALLS)
-        if scope is None or torch.compiler.is_compiling():
+        # What is known of the pairs is known of the modules, not of their replicas (nn.DataParallel).
+        if scope is None or "_is_replica" in vars(self) or torch.compiler.is_compiling():
             return original(self, *args, **kwargs)
         with scope.opened():
             if calls is None:
@@ -72,10 +76,10 @@ def _owning_method(original: Callable[..., Any]) -> Callable[..., Any]:
     return method
 
 
-def _train(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
+def _train(cls: type[nn.Module], name: str) -> Callable[..., Any]:
+    @functools.wraps(getattr(cls, name))
     def train(self: Any, mode: bool = True) -> Any:
-        original(self, mode)
+        getattr(cls, name)(self, mode)
         if STAYS_IN_EVAL_MODE in vars(self):
             self.training = False
         return self
@@ -83,7 +87,8 @@ def _train(original: Callable[..., Any]) -> Callable[..., Any]:
     return train
 
 
-_REPLACEMENTS: Final[dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]]] = {
+#: Each makes of a class's method what takes its place; the method is looked up at each call, since classes are patched.
+_REPLACEMENTS: Final[dict[str, Callable[[type[nn.Module], str], Callable[..., Any]]]] = {
     "convolution": _convolution_forward,
     "batch_norm": _batch_norm_forward,
     "owner": _owning_method,
@@ -134,8 +139,8 @@ def _tuned_class(cls: type[nn.Module], role: str, methods: frozenset[str]) -> ty
     known = _tuned_classes.get((cls, role, methods))
     if known is not None:
         return known
-    body: dict[str, Any] = {name: _REPLACEMENTS[role](getattr(cls, name)) for name in methods}
-    body["train"] = _train(cls.train)
+    body: dict[str, Any] = {name: _REPLACEMENTS[role](cls, name) for name in methods}
+    body["train"] = _train(cls, "train")
 
     def reduce(self: Any, protocol: Any) -> Any:
         function, args, *state = super(tuned, self).__reduce_ex__(max(protocol, 2))

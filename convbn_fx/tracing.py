@@ -14,10 +14,12 @@ import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -206,7 +208,9 @@ def _trace(
         try:
             graph = tracer.trace(root, concrete_args)
             _check_leaves(root, tracer)
-            if not torch.equal(torch.get_rng_state(), random_state):
+            with unset_fake_temporarily():
+                drawn = not torch.equal(torch.get_rng_state(), random_state)
+            if drawn:
                 raise RuntimeError(
                     "the forward draws random numbers that depend on no input: they would be constants"
                 )
@@ -274,23 +278,33 @@ def left_as_found(root: nn.Module) -> Iterator[None]:
                 tensor.data.copy_(value)
 
 
+def _is_a_helper(value: Any) -> bool:
+    """Whether a value is an object that may keep what a forward gives it."""
+    return hasattr(value, "__dict__") and not isinstance(value, (nn.Module, Tensor, type, ModuleType))
+
+
 @contextmanager
 def attributes_as_found(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Undoes what changes in the attributes of modules, and in containers that are attributes.
+    """Undoes what changes in the attributes of modules and of objects they hold, and in containers that are attributes.
 
     Only what has changed is touched, and in place: handles of hooks refer to the very containers.
     """
     containers: list[Any] = [vars(module) for module in modules]
-    known = set()
+    known = set(map(id, containers))
+    helpers = set()  # what objects hold, of which no further objects are looked into
     for container in containers:  # those that are found inside are looked into as well
-        values = container.values() if isinstance(container, dict) else container
-        inside = [
-            value
-            for value in values
-            if isinstance(value, (dict, list, set, deque)) and id(value) not in known
-        ]
-        known |= set(map(id, inside))
-        containers += inside
+        for value in list(container.values() if isinstance(container, dict) else container):
+            inside = value
+            if not isinstance(value, (dict, list, set, deque)):
+                if id(container) in helpers or not _is_a_helper(value):
+                    continue
+                inside = vars(value)
+            if id(inside) in known:
+                continue
+            known.add(id(inside))
+            containers.append(inside)
+            if inside is not value or id(container) in helpers:
+                helpers.add(id(inside))
     found = [(container, copy.copy(container)) for container in containers]
     try:
         yield

@@ -3,6 +3,7 @@
 What Dynamo's graphs look like to `transform` is in test_exported.py; here the backend is used as users do, by its name.
 """
 
+import copy
 import gc
 import io
 import logging
@@ -1550,3 +1551,20 @@ def test_no_message_is_logged(caplog):
         candidate(X).sum().backward()
         report(candidate)
     assert not caplog.records
+
+
+def test_what_is_remembered_stays_with_the_tensors(tmp_path):
+    """A copy is another model; and a file must be read where this library is not."""
+    model = prepared(Pair())
+    candidate = compiled(model)
+    candidate(X)
+    assert len(report(candidate).fused) == 1
+    copied = copy.deepcopy(model)
+    with pytest.raises(ValueError, match="report"):
+        report(copied)
+    assert len(report(tune(copied)).fused) == 1
+    torch.save(model.state_dict(keep_vars=True), tmp_path / "checkpoint.pt")
+    loaded = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert loaded.keys() == model.state_dict().keys()
+    candidate(X)
+    assert len(report(candidate).fused) == 1

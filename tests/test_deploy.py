@@ -38,6 +38,7 @@ from timm.layers import (
     StdConv2dSame,
 )
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
@@ -47,7 +48,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import FrozenBatchNorm2d
 
 import convbn_fx
-from convbn_fx import deploy, register_conv, report, transform, tune
+from convbn_fx import deploy, register_conv, report, symbolic_trace, transform, tune
 from convbn_fx.api import tuned_and_deployed
 from convbn_fx.operands import Convolution
 from convbn_fx.testing import compare
@@ -1604,3 +1605,86 @@ def test_what_is_left_of_a_batch_norm_keeps_its_modes():
     deployed = deploy(model)
     assert deployed[1].drop.training
     assert not deployed[1].training
+
+
+# --- Loops whose length is not known ------------------------------------------------------------------------------
+
+
+class SharedHead(nn.Module):
+    """One convolution for all levels of a pyramid, and a batch norm for each."""
+
+    def __init__(self, levels, order):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(levels))
+        self.order = order
+
+    def forward(self, features):
+        return [norm(self.conv(level)) for norm, level in self.order(self.norms, features)]
+
+
+ORDERS = {
+    "zip": zip,
+    "zip, features first": lambda norms, features: (
+        (norm, level) for level, norm in zip(features, norms, strict=True)
+    ),
+    "enumerate": lambda norms, features: ((norms[i], level) for i, level in enumerate(features)),
+    "range": lambda norms, features: ((norms[i], features[i]) for i in range(len(features))),
+}
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3, 5])
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_shared_convolution_whose_batch_norms_a_loop_calls(order, levels):
+    model = prepared(SharedHead(levels, ORDERS[order]))
+    features = [data(2, 4, 8 - level, 8) for level in range(levels)]
+    for changed in (deploy(model), tune(model)):
+        torch.testing.assert_close(changed(features), model(features))
+
+
+def test_the_time_of_a_sequence_chooses_the_batch_norm():
+    class Recurrent(SharedHead):
+        def forward(self, x):
+            return torch.stack([self.norms[t](self.conv(x[:, t])) for t in range(x.shape[1])])
+
+    model, x = prepared(Recurrent(3, None)), data(2, 3, 4, 6, 6)
+    torch.testing.assert_close(deploy(model)(x), model(x))
+
+
+# --- What a graph's batch norms are called ------------------------------------------------------------------------
+
+
+def test_a_pair_that_deploy_left_is_reported_once():
+    model = prepared(Pair())
+    parametrizations.weight_norm(model.conv)
+    deployed = deploy(transform(torch.export.export(model, (X,)).module()))
+    found = report(deployed)
+    assert len(found.fused) + len(found.skipped) == 1
+    torch.testing.assert_close(deployed(X), model(X))
+
+
+# --- Convolutions that are not what they were built as ------------------------------------------------------------
+
+
+def test_a_pruned_depthwise_convolution():
+    model = prepared(nn.Sequential(nn.Conv2d(6, 6, 3, groups=6), nn.BatchNorm2d(4)))
+    conv = model[0]
+    conv.weight, conv.bias, conv.groups = nn.Parameter(conv.weight[:4]), nn.Parameter(conv.bias[:4]), 4
+    x = data(2, 4, 8, 8)
+    deployed = deploy(model)
+    torch.testing.assert_close(deployed(x), model(x))
+    assert (deployed[0].in_channels, deployed[0].out_channels) == (4, 4)
+
+
+def test_a_padding_that_was_changed_where_the_forward_does_not_look():
+    model = prepared(Pair(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")))
+    model.conv.padding = (2, 2)
+    torch.testing.assert_close(deploy(model)(X), model(X))
+
+
+def test_tensors_that_hold_no_values():
+    with FakeTensorMode():
+        model, x = Pair().eval(), torch.empty(2, 3, 6, 6)
+        changed = (tune(model), transform(symbolic_trace(model)), deploy(model))
+        assert [each(x).shape for each in changed] == 3 * [(2, 4, 4, 4)]
+        assert not isinstance(changed[2].norm, _BatchNorm)

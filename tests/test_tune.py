@@ -17,6 +17,7 @@ import pytest
 import torch
 from models import (
     ConvNormAct,
+    Functional,
     Net,
     Pair,
     Residual,
@@ -1535,3 +1536,63 @@ def test_modules_are_found_wherever_an_attribute_holds_them(held):
     assert saved_bytes(tuned, x) < saved_bytes(model, x)
     for training in (False, True, False):
         assert_equivalent(model.train(training), tuned.train(training), x)
+
+
+def with_defaults(model):
+    layers = [lambda x, layer=layer: layer(x) for layer in (model.conv, model.norm)]
+    model.layers = layers
+    return lambda self, x: self.layers[1](self.layers[0](x))
+
+
+class Registry(dict):
+    """A container of a class of its own."""
+
+
+def in_a_registry(model):
+    model.registry = Registry(conv=model.conv, norm=model.norm)
+    return lambda self, x: self.registry["norm"](self.registry["conv"](x))
+
+
+@pytest.mark.parametrize("held", [with_defaults, in_a_registry])
+def test_modules_are_found_in_defaults_and_in_containers_of_ones_own(held):
+    test_modules_are_found_wherever_an_attribute_holds_them(held)
+
+
+def test_a_forward_that_is_replaced_on_its_class():
+    class Own(Pair):
+        def forward(self, x):
+            return self.norm(self.conv(x))
+
+    model = prepared(Own())
+    tuned = tuned_with(model, 1)
+    Own.forward = lambda self, x: 2 * self.norm(self.conv(x)).sin()
+    for each in (tuned, tune(model)):
+        assert_equivalent(model, each, X)
+        assert runs_fused(model, each)
+
+
+def test_replicas_run_as_they_are():
+    tuned = tune(prepared(Pair()).float())
+    replica = tuned._replicate_for_data_parallel()
+    replica.conv, replica.norm = (child._replicate_for_data_parallel() for child in (tuned.conv, tuned.norm))
+    for child, original in ((replica.conv, tuned.conv), (replica.norm, tuned.norm)):
+        for name, tensor in (original._parameters | original._buffers).items():
+            setattr(child, name, tensor.to("meta"))  # another device
+    assert replica(torch.empty(2, 3, 6, 6, device="meta")).is_meta
+
+
+def test_a_block_is_compiled_by_itself_where_functions_are_pairs():
+    class Own(Functional):
+        def __init__(self):
+            super().__init__(None, (4, 3, 3, 3), 4)
+            self.block = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU())
+
+        def forward(self, x):
+            return self.block(self.normalize(torch.nn.functional.conv2d(x, self.weight, self.bias)))
+
+    torch.manual_seed(0)
+    model = Own().double()
+    tuned = tuned_with(model, 1)
+    torch._dynamo.reset()
+    tuned.block.compile(backend="eager", fullgraph=True)
+    assert_equivalent(model, tuned, X)

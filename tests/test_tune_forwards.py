@@ -999,3 +999,66 @@ def test_a_size_asked_for_by_keyword_on_a_path_that_was_not_foreseen():
     model = built(forward)
     tuned = tuned_with(model, 1)
     assert_equivalent(model, tuned, X, 1.0, None, 2.0)
+
+
+def test_a_batch_norm_called_twice_on_one_output_computes_it_twice():
+    def forward(self, x, both=False):
+        y = self.conv(x)
+        first = self.norm(y).relu_()
+        return (first, self.norm(y)) if both else first
+
+    model = built(forward)
+    tuned = tuned_with(model, 1)
+    for both in (False, True):
+        assert_equivalent(model, tuned, X, both)
+
+
+def test_an_output_in_a_dataclass():
+    def forward(self, x, before=False):
+        y = self.conv(x)
+        return Outputs(self.norm(y), y) if before else Outputs(self.norm(y))
+
+    model = built(forward)
+    tuned = tune(model)
+    for before in (False, True):
+        assert_equivalent(model, tuned, X, before)
+    assert type(tuned(X, True).other) is torch.Tensor
+
+
+@dataclass
+class Outputs:
+    last: torch.Tensor
+    other: torch.Tensor | None = None
+
+
+def test_a_convolution_that_vmap_calls():
+    def forward(self, x):
+        y = torch.vmap(self.conv)(x).flatten(0, 1) if x.ndim == 5 else self.conv(x)
+        return self.norm(y)
+
+    model = built(forward)
+    tuned = tuned_with(model, 1)
+    for x in (X, torch.stack([X, X])):
+        assert_equivalent(model, tuned, x)
+    assert runs_fused(model, tuned, X)
+
+
+def test_an_object_that_keeps_what_it_is_given():
+    class Meter:
+        def __init__(self):
+            self.count, self.history, self.by_device = 0, [], {}
+
+        def __call__(self, y):
+            self.count += 1
+            self.history.append(y)
+            self.by_device[y.device] = y
+
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        self.meter(y)
+        return y
+
+    model = built(forward, meter=Meter())
+    tuned = tune(model)
+    assert (model.meter.count, model.meter.history, model.meter.by_device) == (0, [], {})
+    assert_equivalent(model, tuned, X)
