@@ -1,6 +1,7 @@
 """`convbn-fx sweep` as its users run it: in a process of its own, with models that crash, hang and eat memory."""
 
 import contextlib
+import multiprocessing
 import os
 import re
 import signal
@@ -13,7 +14,7 @@ import psutil
 import pytest
 from zoo_models import SLOW
 
-from convbn_fx.zoo import results, running
+from convbn_fx.zoo import isolation, results, running
 from convbn_fx.zoo.measuring import Settings, measure
 from convbn_fx.zoo.results import Level, Row, Status
 
@@ -208,6 +209,23 @@ def test_what_models_print_is_kept_to_themselves(odd):
     done, rows = odd
     assert rows["chatty"].status is Status.PASS
     assert "a line on" not in done.stdout + done.stderr
+
+
+def test_what_a_process_sends_as_it_ends_is_read(monkeypatch):
+    """It may send, and end, after its pipe is looked at and before its exit status is."""
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+
+    class Process:
+        sentinel = ours
+
+        @property
+        def exitcode(self):
+            theirs.send(isolation.Ending(value="sent"))
+            return 0
+
+    monkeypatch.setattr(isolation, "wait", lambda *_: [])
+    with ours, theirs:
+        assert isolation._watch(Process(), ours, timeout=None, memory_limit=None).value == "sent"
 
 
 def test_the_summary(odd):

@@ -131,15 +131,16 @@ def _watch(
 ) -> Ending:
     end = time.monotonic() + timeout if timeout is not None else None
     while True:
-        ready = wait([connection, process.sentinel], LOOK_EVERY)
-        if connection in ready or (ready and connection.poll()):
+        wait([connection, process.sentinel], LOOK_EVERY)
+        code = process.exitcode  # read first: what a process that has ended did send is there by then
+        if connection.poll():
             try:
                 ending: Ending = connection.recv()
                 return ending
             except EOFError:
                 process.join(LOOK_EVERY)
-        if process.exitcode is not None:
-            return Ending(status=Status.CRASH, detail=_how_it_died(process.exitcode))
+        if code is not None:
+            return Ending(status=Status.CRASH, detail=_how_it_died(code))
         if memory_limit is not None and (used := _resident(process)) > memory_limit:
             return Ending(
                 status=Status.MEMORY,
