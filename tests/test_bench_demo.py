@@ -7,7 +7,9 @@ import pytest
 from bench import demo
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v2", "efficientnet_b0", "unet"])
+@pytest.mark.parametrize(
+    "name", ["mobilenet_v2", pytest.param("efficientnet_b0", marks=pytest.mark.slow), "unet"]
+)
 def test_nothing_differs(name, tmp_path, capsys):
     """Of plain pairs, of batch norms with an activation of their own, of transposed convolutions."""
     file = tmp_path / "demo.json"

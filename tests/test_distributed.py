@@ -18,6 +18,8 @@ if not (dist.is_available() and dist.is_gloo_available()):
 
 from distributed_worker import CASES
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).with_name("distributed_worker.py")
 RANKS = 2
 SECONDS = 240

@@ -241,7 +241,12 @@ EXTRACTED = {
 }
 
 
-@pytest.fixture(params=EXTRACTED)
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=[pytest.mark.slow] if name == "efficientnet_b0" else [])
+        for name in EXTRACTED
+    ]
+)
 def extracted(request):
     torch.manual_seed(0)
     build, nodes, pairs = EXTRACTED[request.param]

@@ -71,8 +71,35 @@ FAMILIES = {
     "xcit": ("xcit_medium_24_p8_224", 64),
 }
 
+#: Those whose graphs take seconds to build.
+SLOW = {
+    *(
+        "cpubone",
+        "densenet",
+        "efficientformer_v2",
+        "efficientvit_mit",
+        "efficientvit_msra",
+        "fastvit",
+        "ghostnet",
+    ),
+    *(
+        "hrnet",
+        "iformer",
+        "inception_resnet_v2",
+        "inception_v3",
+        "inception_v4",
+        "levit",
+        "lowformer",
+        "mobilevit",
+    ),
+    *("nasnet", "nextvit", "pnasnet", "repghost", "repvit", "shvit", "tiny_vit", "tresnet"),
+    *("vision_transformer_hybrid", "volo", "xception", "xcit"),
+}
 
-@pytest.mark.parametrize("family", FAMILIES)
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in FAMILIES]
+)
 def test_every_pair_is_tuned(family):
     model, images = on_meta(FAMILIES[family][0])
     pairs = count_pairs(model, images)
@@ -91,6 +118,7 @@ def test_no_family_is_left_out():
     """A family is a module of timm's that has an architecture with a batch norm."""
     modules = {timm.models._registry._model_to_module[name] for name, _ in FAMILIES.values()}
     assert modules == set(FAMILIES)
+    assert set(FAMILIES) > SLOW
 
 
 def test_the_whole_zoo_has_a_command(capsys):
