@@ -16,6 +16,8 @@ from bench.results import Options, Result
 from bench.unet import UNet
 from convbn_fx import tune
 
+pytestmark = pytest.mark.slow  # the benchmark runs, at toy size
+
 MODELS = list(adversarial.SMOKE)
 ATTACKS = list(adversarial._attacks(1))
 

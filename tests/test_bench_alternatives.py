@@ -32,6 +32,8 @@ from bench.steps import count, counted_peak, images, peak, training_step
 from bench.timing import take_turns
 from convbn_fx.testing import randomize_batchnorms
 
+pytestmark = pytest.mark.slow  # the benchmark runs, at toy size
+
 SHAPE = (2, 3, 32, 32)
 
 

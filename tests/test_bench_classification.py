@@ -10,6 +10,8 @@ from bench.classification import MODES
 from bench.contenders import DEPLOY, EVAL, TRAIN, TUNE
 from bench.results import Options, Result
 
+pytestmark = pytest.mark.slow  # the benchmark runs, at toy size
+
 
 @pytest.fixture(scope="module")
 def result():

@@ -13,6 +13,8 @@ from bench.contenders import EVAL, TUNE
 from bench.markdown import NOTHING
 from bench.results import Options, Result
 
+pytestmark = pytest.mark.slow  # the benchmark runs, at toy size
+
 SHAPE = detection.TOY.counted
 PRECISIONS = (torch.float32, torch.bfloat16)
 

@@ -15,7 +15,7 @@ def run(*arguments):
     return CliRunner().invoke(app, [*map(str, arguments)])
 
 
-@pytest.mark.parametrize("benchmark", ["resnet50-grid", "kernels"])
+@pytest.mark.parametrize("benchmark", [pytest.param("resnet50-grid", marks=pytest.mark.slow), "kernels"])
 def test_from_the_command_to_the_page(benchmark, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").mkdir()

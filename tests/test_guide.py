@@ -59,6 +59,7 @@ def test_the_workflow_measures_what_the_guide_measures():
     assert re.fullmatch(r'pip install "convbn-fx\[cli,zoo\]" \.', STEPS["Install"])
 
 
+@pytest.mark.slow
 def test_an_untouched_run_passes(project):
     (project / "results.csv").unlink()
     assert run(STEPS["Measure"], project).returncode == 0
@@ -67,6 +68,7 @@ def test_an_untouched_run_passes(project):
     assert "3 models: 3 PASS" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_lost_pair_breaks_the_gate(project):
     lost = SEGMENTER.replace("nn.BatchNorm2d(4)", "nn.Identity(), nn.ReLU(), nn.BatchNorm2d(4)")
     (project / "my_models.py").write_text(lost)

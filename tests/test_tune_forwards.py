@@ -468,6 +468,7 @@ NOT_CAPTURED += (sometimes_changed_in_place, input_gradient_inside, input_data_s
 NOT_CAPTURED += (bypassed_by_an_error,)
 
 
+@pytest.mark.slow
 def test_a_forward_compiled(case):
     if case.forward in NOT_CAPTURED:
         pytest.skip("no graph")
