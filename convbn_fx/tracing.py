@@ -289,23 +289,19 @@ def attributes_as_found(modules: Iterable[nn.Module]) -> Iterator[None]:
 
     Only what has changed is touched, and in place: handles of hooks refer to the very containers.
     """
-    containers: list[Any] = [vars(module) for module in modules]
-    known = set(map(id, containers))
-    helpers = set()  # what objects hold, of which no further objects are looked into
-    for container in containers:  # those that are found inside are looked into as well
+    containers: list[tuple[Any, bool]] = [(vars(module), True) for module in modules]
+    known = {id(container) for container, _ in containers}
+    for container, is_of_module in containers:  # those that are found inside are looked into as well
         for value in list(container.values() if isinstance(container, dict) else container):
-            inside = value
+            inside, inside_is_of_module = value, is_of_module
             if not isinstance(value, (dict, list, set, deque)):
-                if id(container) in helpers or not _is_a_helper(value):
-                    continue
-                inside = vars(value)
-            if id(inside) in known:
-                continue
-            known.add(id(inside))
-            containers.append(inside)
-            if inside is not value or id(container) in helpers:
-                helpers.add(id(inside))
-    found = [(container, copy.copy(container)) for container in containers]
+                if not is_of_module or not _is_a_helper(value):
+                    continue  # objects that an object holds are left alone
+                inside, inside_is_of_module = vars(value), False
+            if id(inside) not in known:
+                known.add(id(inside))
+                containers.append((inside, inside_is_of_module))
+    found = [(container, copy.copy(container)) for container, _ in containers]
     try:
         yield
     finally:

@@ -5,6 +5,7 @@ import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -20,6 +21,11 @@ def fused_nodes(graph_module):
 def prepared(model, dtype=torch.float64):
     """In Eval mode, with statistics and affine parameters that hide no mistake."""
     return randomize_batchnorms(model.eval().to(dtype))
+
+
+def with_slow(names, slow):
+    """Parameters of a test, of which some are slow."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in slow else []) for name in names]
 
 
 def fused(model, pairs=1, trace=symbolic_trace, **options):

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import timm
 import torch
-from models import data, prepared
+from models import data, prepared, with_slow
 from originals import pairs_run, with_frozen_norms
 from torch import nn
 from torchvision import models
@@ -79,7 +79,7 @@ SLOW = {
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CLASSIFIERS],
+    params=with_slow(CLASSIFIERS, SLOW),
 )
 def classifier(request):
     """The original, the tuned one, the number of pairs, and images."""

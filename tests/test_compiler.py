@@ -30,6 +30,7 @@ from models import (
     fused_nodes,
     net,
     prepared,
+    with_slow,
 )
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed, InvalidBackend
@@ -1516,9 +1517,7 @@ ZOO = {
 LARGER = ("resnet18", "mobilenet_v3_small", "timm test_byobnet", "timm mobilevitv2_050")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LARGER else []) for name in ZOO]
-)
+@pytest.mark.parametrize("name", with_slow(ZOO, LARGER))
 def test_models_of_libraries(name):
     model = prepared(ZOO[name]())
     candidate = compiled(model, fullgraph=True)

@@ -26,6 +26,7 @@ from models import (
     reasons,
     through_pickle,
     through_torch_save,
+    with_slow,
 )
 from test_hooks import HOOKS
 from test_tune import CROSSING, WAYS, ByReference, ConvLast, NormFirst, snapshot
@@ -1492,7 +1493,7 @@ ONNX = {
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.onnx.*")
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[] if name in ("net", "tuned net") else [pytest.mark.slow]) for name in ONNX],
+    with_slow(ONNX, ONNX.keys() - {"net", "tuned net"}),
 )
 def test_onnx(name, tmp_path):
     import onnx

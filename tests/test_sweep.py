@@ -320,6 +320,10 @@ def test_a_finished_sweep_has_nothing_left_to_do(tmp_path):
     before = out.read_bytes()
     run(*arguments, "--resume")
     assert out.read_bytes() == before
+    for option, value in (("--level", "numeric"), ("--seed", 1)):
+        errors = run(*arguments, "--resume", option, value, status=2).stderr
+        assert f"{out} was begun with" in errors
+    assert out.read_bytes() == before
 
 
 @pytest.mark.parametrize(

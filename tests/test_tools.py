@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import timm
 import torch
-from models import data, modes, net, prepared
+from models import data, modes, net, prepared, with_slow
 from originals import pairs_run, with_frozen_norms
 from torch import nn
 from torch.nn import functional as F
@@ -241,12 +241,7 @@ EXTRACTED = {
 }
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(name, marks=[pytest.mark.slow] if name == "efficientnet_b0" else [])
-        for name in EXTRACTED
-    ]
-)
+@pytest.fixture(params=with_slow(EXTRACTED, {"efficientnet_b0"}))
 def extracted(request):
     torch.manual_seed(0)
     build, nodes, pairs = EXTRACTED[request.param]

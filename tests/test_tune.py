@@ -1524,20 +1524,6 @@ def in_a_list_that_a_function_closes_over(model):
     return lambda self, x: self.run(x)
 
 
-@pytest.mark.parametrize(
-    "held", [in_a_namedtuple, in_a_list_of_an_object, in_a_list_that_a_function_closes_over]
-)
-def test_modules_are_found_wherever_an_attribute_holds_them(held):
-    model = prepared(Pair())
-    forward = held(model)
-    model.__class__ = type("Holding", (Pair,), {"forward": forward})
-    tuned = tuned_with(model, 1)
-    x = data(2, 3, 6, 6)
-    assert saved_bytes(tuned, x) < saved_bytes(model, x)
-    for training in (False, True, False):
-        assert_equivalent(model.train(training), tuned.train(training), x)
-
-
 def with_defaults(model):
     layers = [lambda x, layer=layer: layer(x) for layer in (model.conv, model.norm)]
     model.layers = layers
@@ -1553,9 +1539,25 @@ def in_a_registry(model):
     return lambda self, x: self.registry["norm"](self.registry["conv"](x))
 
 
-@pytest.mark.parametrize("held", [with_defaults, in_a_registry])
-def test_modules_are_found_in_defaults_and_in_containers_of_ones_own(held):
-    test_modules_are_found_wherever_an_attribute_holds_them(held)
+HOLDERS = (
+    in_a_namedtuple,
+    in_a_list_of_an_object,
+    in_a_list_that_a_function_closes_over,
+    with_defaults,
+    in_a_registry,
+)
+
+
+@pytest.mark.parametrize("held", HOLDERS)
+def test_modules_are_found_wherever_an_attribute_holds_them(held):
+    model = prepared(Pair())
+    forward = held(model)
+    model.__class__ = type("Holding", (Pair,), {"forward": forward})
+    tuned = tuned_with(model, 1)
+    x = data(2, 3, 6, 6)
+    assert saved_bytes(tuned, x) < saved_bytes(model, x)
+    for training in (False, True, False):
+        assert_equivalent(model.train(training), tuned.train(training), x)
 
 
 def test_a_forward_that_is_replaced_on_its_class():

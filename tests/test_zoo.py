@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from models import prepared
+from models import prepared, with_slow
 from torch import nn
 
 from bench.structure import count_fused, count_pairs, main, on_meta
@@ -73,33 +73,15 @@ FAMILIES = {
 
 #: Those whose graphs take seconds to build.
 SLOW = {
-    *(
-        "cpubone",
-        "densenet",
-        "efficientformer_v2",
-        "efficientvit_mit",
-        "efficientvit_msra",
-        "fastvit",
-        "ghostnet",
-    ),
-    *(
-        "hrnet",
-        "iformer",
-        "inception_resnet_v2",
-        "inception_v3",
-        "inception_v4",
-        "levit",
-        "lowformer",
-        "mobilevit",
-    ),
-    *("nasnet", "nextvit", "pnasnet", "repghost", "repvit", "shvit", "tiny_vit", "tresnet"),
-    *("vision_transformer_hybrid", "volo", "xception", "xcit"),
+    *("cpubone", "densenet", "efficientformer_v2", "efficientvit_mit", "efficientvit_msra"),
+    *("fastvit", "ghostnet", "hrnet", "iformer", "inception_resnet_v2", "inception_v3"),
+    *("inception_v4", "levit", "lowformer", "mobilevit", "nasnet", "nextvit", "pnasnet"),
+    *("repghost", "repvit", "shvit", "tiny_vit", "tresnet", "vision_transformer_hybrid", "volo"),
+    *("xception", "xcit"),
 }
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in FAMILIES]
-)
+@pytest.mark.parametrize("family", with_slow(FAMILIES, SLOW))
 def test_every_pair_is_tuned(family):
     model, images = on_meta(FAMILIES[family][0])
     pairs = count_pairs(model, images)
