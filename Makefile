@@ -33,7 +33,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Making $(VENV) with $$($(PYTHON) --version): several gigabytes, a few minutes"
 	@rm -rf $(VENV)
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP_INSTALL) hatchling editables
+	@$(PIP_INSTALL) hatchling editables setuptools
 	@$(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
 	@touch $@
 
