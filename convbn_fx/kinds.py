@@ -6,11 +6,12 @@ A *kind* knows how to read one call, of a module or of a function, into the norm
 A class is in the table by identity. A subclass is known as long as it overrides nothing that the forward consists of.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from types import FunctionType
 from typing import Any, Final, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +106,19 @@ Row = TypeVar("Row", ConvolutionKind, BatchNormKind)
 
 # --- The table ---------------------------------------------------------------------------------------------------
 
-# A class that is looked up and not found is put in with None.
+
+class _Table(dict[type[nn.Module], Row | None]):
+    """Rows by class. What is found for a class that nobody entered is kept for as long as the class lives."""
+
+    def __init__(self, rows: Mapping[type[nn.Module], Row | None]) -> None:
+        super().__init__(rows)  # type: ignore[arg-type] # a mapping has what it asks for
+        self.found: WeakKeyDictionary[type[nn.Module], Row | None] = WeakKeyDictionary()
+
+    def __missing__(self, cls: type[nn.Module]) -> Row | None:
+        if cls not in self.found:
+            self.found[cls] = _row_by_name(cls, self) or _inherited_row(cls, self)
+        return self.found[cls]
+
 
 # Whatever a forward of torch.nn's convolutions and batch norms calls on itself: overridden on a class or patched on an
 # instance, the forward is no longer the one that this table describes.
@@ -133,30 +146,34 @@ def _own_weight(cls: type[nn.Module], module: Any) -> tuple[type[nn.Module], Ten
     return cls, module.weight
 
 
-_CONVOLUTION_CLASSES: dict[type[nn.Module], ConvolutionKind | None] = {
-    cls: ConvolutionKind(cls.__name__, operands, batched_rank, partial(_own_weight, cls), _methods(cls))
-    for cls, operands, batched_rank in (
-        (nn.Conv1d, conv_module("conv1d"), 3),
-        (nn.Conv2d, conv_module("conv2d"), 4),
-        (nn.Conv3d, conv_module("conv3d"), 5),
-        (nn.ConvTranspose1d, conv_transpose_module("conv_transpose1d", 1), 3),
-        (nn.ConvTranspose2d, conv_transpose_module("conv_transpose2d", 2), 4),
-        (nn.ConvTranspose3d, conv_transpose_module("conv_transpose3d", 3), 5),
-        (nn.Linear, linear_module, 2),
-    )
-    if _is_as_shipped(cls)
-}
+_CONVOLUTION_CLASSES: _Table[ConvolutionKind] = _Table(
+    {
+        cls: ConvolutionKind(cls.__name__, operands, batched_rank, partial(_own_weight, cls), _methods(cls))
+        for cls, operands, batched_rank in (
+            (nn.Conv1d, conv_module("conv1d"), 3),
+            (nn.Conv2d, conv_module("conv2d"), 4),
+            (nn.Conv3d, conv_module("conv3d"), 5),
+            (nn.ConvTranspose1d, conv_transpose_module("conv_transpose1d", 1), 3),
+            (nn.ConvTranspose2d, conv_transpose_module("conv_transpose2d", 2), 4),
+            (nn.ConvTranspose3d, conv_transpose_module("conv_transpose3d", 3), 5),
+            (nn.Linear, linear_module, 2),
+        )
+        if _is_as_shipped(cls)
+    }
+)
 
-_BATCH_NORM_CLASSES: dict[type[nn.Module], BatchNormKind | None] = {
-    cls: BatchNormKind(cls.__name__, batch_norm_module, accepted_ranks, methods=_methods(cls))
-    for cls, accepted_ranks in (
-        (nn.BatchNorm1d, (2, 3)),
-        (nn.BatchNorm2d, (4,)),
-        (nn.BatchNorm3d, (5,)),
-        (nn.SyncBatchNorm, None),
-    )
-    if _is_as_shipped(cls)
-}
+_BATCH_NORM_CLASSES: _Table[BatchNormKind] = _Table(
+    {
+        cls: BatchNormKind(cls.__name__, batch_norm_module, accepted_ranks, methods=_methods(cls))
+        for cls, accepted_ranks in (
+            (nn.BatchNorm1d, (2, 3)),
+            (nn.BatchNorm2d, (4,)),
+            (nn.BatchNorm3d, (5,)),
+            (nn.SyncBatchNorm, None),
+        )
+        if _is_as_shipped(cls)
+    }
+)
 
 # Each row: the function, its name in reports, how its call is read, and the rank of a batched input.
 CONVOLUTION_FUNCTIONS: Final[dict[object, ConvolutionKind]] = {
@@ -242,12 +259,9 @@ def batch_norm_kind(module: nn.Module) -> BatchNormKind | None:
     return _row_of(module, _BATCH_NORM_CLASSES)
 
 
-def _row_of(module: nn.Module, table: dict[type[nn.Module], Row | None]) -> Row | None:
+def _row_of(module: nn.Module, table: _Table[Row]) -> Row | None:
     cls = class_of(module)
-    try:
-        row = table[cls]
-    except KeyError:
-        row = table[cls] = _row_by_name(cls, table) or _inherited_row(cls, table)
+    row = table[cls]
     if row is None:
         return None
     attributes = vars(module)
@@ -257,7 +271,7 @@ def _row_of(module: nn.Module, table: dict[type[nn.Module], Row | None]) -> Row 
     return row
 
 
-def _row_by_name(cls: type[nn.Module], table: dict[type[nn.Module], Row | None]) -> Row | None:
+def _row_by_name(cls: type[nn.Module], table: _Table[Row]) -> Row | None:
     """The row of a class of another library."""
     name = f"{cls.__module__}.{cls.__qualname__}"
     row: Any = None
@@ -270,10 +284,10 @@ def _row_by_name(cls: type[nn.Module], table: dict[type[nn.Module], Row | None])
     return None if row is None else replace(row, methods=_methods(cls))
 
 
-def _inherited_row(cls: type[nn.Module], table: dict[type[nn.Module], Row | None]) -> Row | None:
+def _inherited_row(cls: type[nn.Module], table: _Table[Row]) -> Row | None:
     """The row of the nearest base class in the table, if nothing that its forward consists of is overridden."""
     for base in cls.__mro__[1:]:
-        row = table.get(base)
+        row = table[base]
         if row is not None:
             same = all(getattr(cls, name) is method for name, method in row.methods)
             return replace(row, name=cls.__name__) if same else None
@@ -297,9 +311,8 @@ def resembles_batch_norm(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) or _is_listed(module, _BATCH_NORM_CLASSES)
 
 
-def _is_listed(module: nn.Module, table: dict[type[nn.Module], Row | None]) -> bool:
+def _is_listed(module: nn.Module, table: _Table[Row]) -> bool:
     """Whether the class has a row, its methods replaced or not."""
-    _row_of(module, table)
     return table[class_of(module)] is not None
 
 
@@ -415,9 +428,8 @@ def register_batch_norm(
     _enter(cls, row, _BATCH_NORM_CLASSES)
 
 
-def _enter(cls: type[nn.Module], row: Row, table: dict[type[nn.Module], Row | None]) -> None:
-    for unknown in [other for other, its_row in table.items() if its_row is None]:
-        del table[unknown]  # it may inherit this row
+def _enter(cls: type[nn.Module], row: Row, table: _Table[Row]) -> None:
+    table.found.clear()  # some may inherit this row
     table[cls] = replace(row, name=cls.__name__, methods=_methods(cls))
 
 
@@ -428,7 +440,7 @@ def _is_module_class(cls: object) -> bool:
 def _row_like(
     cls: type[nn.Module],
     like: type[nn.Module] | None,
-    table: dict[type[nn.Module], Row | None],
+    table: _Table[Row],
     function: str,
 ) -> Row:
     if not _is_module_class(cls):

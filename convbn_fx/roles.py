@@ -5,7 +5,9 @@ convolution may wait when is decided in [`deferral`][convbn_fx.deferral].
 """
 
 import functools
+import inspect
 import types
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Final
@@ -78,11 +80,11 @@ def _owning_method(cls: type[nn.Module], name: str) -> Callable[..., Any]:
 
 def _train(cls: type[nn.Module], name: str) -> Callable[..., Any]:
     @functools.wraps(getattr(cls, name))
-    def train(self: Any, mode: bool = True) -> Any:
-        getattr(cls, name)(self, mode)
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        returned = getattr(cls, name)(self, *args, **kwargs)
         if STAYS_IN_EVAL_MODE in vars(self):
             self.training = False
-        return self
+        return returned
 
     return train
 
@@ -126,13 +128,18 @@ def _with_role(cls: type[nn.Module], role: str, methods: frozenset[str]) -> type
 
 
 def _is_replaceable(cls: type, name: str) -> bool:
-    return isinstance(getattr(cls, name, None), types.FunctionType) and not name.startswith("__")
+    return isinstance(inspect.getattr_static(cls, name, None), types.FunctionType) and not name.startswith(
+        "__"
+    )
 
 
 _METHODS: Final = "_convbn_fx_methods"
 
 
-_tuned_classes: Final[dict[tuple[type[nn.Module], str, frozenset[str]], type[nn.Module]]] = {}
+# A class that is defined in a function is as short-lived as its models.
+_tuned_classes: Final = weakref.WeakValueDictionary[
+    tuple[type[nn.Module], str, frozenset[str]], type[nn.Module]
+]()
 
 
 def _tuned_class(cls: type[nn.Module], role: str, methods: frozenset[str]) -> type[nn.Module]:

@@ -64,7 +64,7 @@ class BranchingNorm(nn.BatchNorm2d):
 def _tables(monkeypatch):
     """What a test registers is gone afterwards."""
     for table in ("_CONVOLUTION_CLASSES", "_BATCH_NORM_CLASSES"):
-        monkeypatch.setattr(kinds, table, dict(getattr(kinds, table)))
+        monkeypatch.setattr(kinds, table, kinds._Table(getattr(kinds, table)))
 
 
 def make(conv=nn.Conv2d, norm=nn.BatchNorm2d):
