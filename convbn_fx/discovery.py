@@ -70,10 +70,11 @@ def discover(model: nn.Module, include_training: bool = False) -> Discovery:
     """
     pairs: dict[tuple[str, str], OwnedPair] = {}
     skips: dict[str, Skip] = {}
-    decided: dict[str, Skip] = {}  # those that no other way through a forward outvotes
+    decided: dict[int | str, Skip] = {}  # those that no other way through a forward outvotes
     used_apart: set[int] = set()
     loose: set[tuple[int, str]] = set()
     not_followed: set[str] = set()
+    lost: dict[int, str] = {}  # modules that may be called where no exploration led
     ends = Ends(set(), set())
     with left_as_found(model):
         # Children first: how their forwards begin and end decides whether their parent looks inside them.
@@ -92,28 +93,43 @@ def discover(model: nn.Module, include_training: bool = False) -> Discovery:
                 for skip in (refusal.prefixed(name) for refusal in refusals):
                     skips[skip.batch_norm] = skip
                     if skip.reason is SkipReason.MODIFIED_IN_BETWEEN:
-                        decided[skip.batch_norm] = skip
+                        decided[identity(model, skip.batch_norm)] = skip
                 for output in _kept_outputs(way):
-                    decided[_joined(name, output)] = _KEPT
+                    decided[identity(model, _joined(name, output))] = _KEPT
                 used_apart |= _used_apart(way, taken)
                 loose |= {(id(member), name) for member in _at_the_ends(way, taken)}
             if not _are_all(ways, module):
                 not_followed.add(name)
-    for key, pair in list(pairs.items()):
-        decision = decided.get(pair.record.batch_norm) or decided.get(pair.record.convolution)
-        if decision is not None:
-            del pairs[key]
-            skips[pair.record.batch_norm] = replace(decision, batch_norm=pair.record.batch_norm)
+            for part, told in _lost(ways, module):
+                lost.setdefault(id(part), f"{name or 'the model'}: {told}")
+    _leave_out(pairs, decided, skips, model)
     used_apart |= _unexplained(model, pairs.values(), loose, not_followed)
-    fused = {pair.record.batch_norm for pair in pairs.values()}
-    left = [skip for name, skip in skips.items() if name not in fused]
-    left += _never_called(model, fused | skips.keys())
+    fused = {identity(model, pair.record.batch_norm) for pair in pairs.values()}
+    by_module = {identity(model, name): skip for name, skip in skips.items()}
+    left = [skip for module, skip in by_module.items() if module not in fused]
+    left += _never_called(model, fused | by_module.keys(), lost)
     place = {name: number for number, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
     return Discovery(
         sorted(pairs.values(), key=lambda pair: place[pair.owner]),
         sorted(left, key=lambda skip: place[skip.batch_norm.rpartition(".")[0]]),
         used_apart,
     )
+
+
+def _leave_out(
+    pairs: dict[tuple[str, str], OwnedPair],
+    decided: dict[int | str, Skip],
+    skips: dict[str, Skip],
+    model: nn.Module,
+) -> None:
+    """Makes skips of the pairs of which one way through a forward has decided that they are none."""
+    for key, pair in list(pairs.items()):
+        name = pair.record.batch_norm
+        members = (identity(model, name), identity(model, pair.record.convolution))
+        decision = next((decided[member] for member in members if member in decided), None)
+        if decision is not None:
+            del pairs[key]
+            skips[name] = replace(decision, batch_norm=name)
 
 
 def _are_all(ways: list[Way], root: nn.Module) -> bool:
@@ -129,6 +145,24 @@ def _are_all(ways: list[Way], root: nn.Module) -> bool:
         and called.isdisjoint({name, *_enclosing(name)})
         for name, module in root.named_modules()
     )
+
+
+def _lost(ways: list[Way], root: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """The modules that the root's forward may call where none of the ways leads, and why none does."""
+    told = [way.broke_off for way in ways if way.broke_off]
+    told += ["how often a loop runs was guessed" for way in ways if way.has_guessed_a_number]
+    yield from ((part, told[0]) for part in root.modules() if told)
+    for way in ways:
+        for module in way.elsewhere:
+            yield from ((part, "it calls what is not part of it") for part in module.modules())
+
+
+def identity(model: nn.Module, name: str) -> int | str:
+    """What tells a module, whatever its names, or a function from all others."""
+    try:
+        return id(model.get_submodule(name))
+    except AttributeError:
+        return name
 
 
 def _kept_outputs(way: Way) -> Iterator[str]:
@@ -244,28 +278,37 @@ def _is_leaf(module: nn.Module) -> bool:
             kinds.resembles_convolution(part)
             or kinds.resembles_batch_norm(part)
             or len(part._buffers) > 1  # which may be the statistics of a function
+            or _may_convolve(part)
             for part in module.modules()
         )
     )
 
 
+def _may_convolve(module: nn.Module) -> bool:
+    """Whether the module is of a class of somebody's own and has a parameter that may be a function's weight."""
+    if type(module).__module__.startswith("torch.nn.modules."):
+        return False
+    return any(parameter is not None and parameter.ndim > 1 for parameter in module._parameters.values())
+
+
 _NO_FORWARD: Final = nn.Module.forward
 
 
-def _never_called(model: nn.Module, known: set[str]) -> list[Skip]:
+def _never_called(model: nn.Module, known: set[int | str], lost: dict[int, str]) -> list[Skip]:
     """Skips for the Eval-mode batch norms that no exploration saw; those in graphs are in the graphs' own reports."""
     in_graphs = {id(part) for graph in _graphs(model) for part in graph.modules()}
     patched = {name for name, module in model.named_modules() if "forward" in vars(module)}
-    return [
-        Skip(name, SkipReason.NOT_CALLED)
-        if patched.isdisjoint({"", *_enclosing(name)})
-        else Skip(name, SkipReason.INSIDE_LEAF_MODULE, "the forward of an instance was replaced")
-        for name, module in model.named_modules()
-        if kinds.resembles_batch_norm(module)
-        and not module.training
-        and name not in known
-        and id(module) not in in_graphs
-    ]
+    skips = []
+    for name, module in model.named_modules():
+        if not kinds.resembles_batch_norm(module) or module.training or id(module) in known | in_graphs:
+            continue
+        if not patched.isdisjoint({"", *_enclosing(name)}):
+            skips.append(Skip(name, SkipReason.INSIDE_LEAF_MODULE, "the forward of an instance was replaced"))
+        elif id(module) in lost:
+            skips.append(Skip(name, SkipReason.NOT_FOLLOWED, lost[id(module)]))
+        else:
+            skips.append(Skip(name, SkipReason.NOT_CALLED))
+    return skips
 
 
 def _joined(prefix: str, name: str) -> str:
@@ -280,8 +323,6 @@ def _refusal(match: Match, way: Way) -> Skip | None:
     name = match.pair.batch_norm
     if match.convolution_node.op == "call_function" and isinstance(way.root, torch.fx.GraphModule):
         return Skip(name, SkipReason.FUNCTION_CALL)
-    if set(match.convolution_node.users) != {match.batch_norm_node}:
-        return Skip(name, SkipReason.CONVOLUTION_OUTPUT_USED_ELSEWHERE, "its shape or dtype is read")
     if way.with_other_gradients & {match.convolution_node, match.batch_norm_node}:
         return Skip(name, SkipReason.UNUSUAL_CALL, "inside a with-statement that changes the grad mode")
     return None

@@ -5,22 +5,23 @@ taken both ways, a loop over a tensor is short, an optional argument is left out
 before it raised counts as well.
 """
 
+import builtins
+import dis
 import gc
 import inspect
 import operator
 import sys
-import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
 from itertools import product
-from types import FrameType, FunctionType
-from typing import Any, Final
+from types import FrameType, FunctionType, TracebackType
+from typing import Any, Final, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from convbn_fx import kinds
@@ -31,6 +32,7 @@ from convbn_fx.tracing import Proxy, Tracer, attributes_as_found
 _WAYS: Final = 16
 _BRANCHES: Final = 64
 _NODES: Final = 20_000
+_LENGTH: Final = 2  # of what is iterated over, at first
 
 
 @dataclass
@@ -44,7 +46,9 @@ class Way:
         methods: For the nodes of convolutions and batch norms, the calls of the root's methods that were under way.
         sites: For those that are functions, the code that called them.
         with_other_gradients: Those inside of a with-statement that changes the grad mode.
-        is_whole: Whether the forward was followed to its end, and no way through it was left out.
+        broke_off: Where and why the forward was not followed to its end, or not on all ways; empty if it was.
+        has_guessed_a_number: Whether a loop may be longer, or a choice another, than on any way.
+        elsewhere: Modules that it calls and that are not inside the root.
     """
 
     root: nn.Module
@@ -53,8 +57,14 @@ class Way:
     methods: dict[Node, set[tuple[int, str]]]
     sites: dict[Node, Site | None]
     with_other_gradients: set[Node]
-    is_whole: bool
-    has_guessed_a_number: bool = False
+    broke_off: str
+    has_guessed_a_number: bool
+    elsewhere: list[nn.Module]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the forward was followed to its end, and no way through it was left out."""
+        return not self.broke_off
 
 
 class _Guess(Proxy):
@@ -64,23 +74,34 @@ class _Guess(Proxy):
 
     @property  # type: ignore[misc] # which is how an object passes for one of another class
     def __class__(self) -> Any:
-        """Its class; a forward that asks for it is noted, as what stands for an output may be of another."""
-        if not str(sys._getframe(1).f_globals.get("__name__")).startswith(("torch.", "convbn_fx.")):
+        """Its class to those who look after it; to a forward, that of what it stands for."""
+        asking = sys._getframe(1)
+        if _is_ours_or_torchs(asking):
+            return type(self)
+        if _instruction(asking)[0].startswith("LOAD"):  # not isinstance, but the attribute itself
             self.tracer.asked_for.add(self.node)
-        return _Guess
+        return self.tracer.class_of(self.node) or type(self)
+
+    def __getattr__(self, name: str) -> Any:
+        return _GuessedAttribute(self, name)
 
     def __iter__(self) -> Iterator[Any]:
-        try:
-            return super().__iter__()
-        except torch.fx.proxy.TraceError:
-            self.tracer.has_guessed_a_number = True
-            return iter(
-                [self.tracer.create_proxy("call_function", operator.getitem, (self, i), {}) for i in (0, 1)]
-            )
+        operation, argument = _instruction(sys._getframe(1))
+        match operation:
+            case "UNPACK_SEQUENCE":
+                length = argument
+            case "UNPACK_EX":  # a, *b, c = ...
+                length = (argument & 255) + (argument >> 8) + 1
+            case _:
+                self.tracer.has_guessed_a_number = True
+                length = self.tracer.length
+        return (
+            self.tracer.create_proxy("call_function", operator.getitem, (self, i), {}) for i in range(length)
+        )
 
     def __len__(self) -> int:
         self.tracer.has_guessed_a_number = True
-        return 2
+        return self.tracer.length
 
     def __int__(self) -> int:
         self.tracer.has_guessed_a_number = True
@@ -89,7 +110,13 @@ class _Guess(Proxy):
     __index__ = __int__
 
     def __float__(self) -> float:
-        return 1.0
+        return float(int(self))
+
+    def __round__(self, digits: int | None = None) -> float:
+        return round(float(self), digits)
+
+    def __format__(self, specification: str) -> str:
+        return repr(self)
 
     def __contains__(self, item: Any) -> bool:
         return bool(self.tracer.to_bool(self))
@@ -104,6 +131,52 @@ class _Guess(Proxy):
         self.tracer.create_proxy("call_method", "__setitem__", (self, key, value), {})
 
 
+class _GuessedAttribute(_Guess):
+    """An attribute of what a guess stands for: a node of its own only if it is no method that is called."""
+
+    def __init__(self, owner: _Guess, name: str) -> None:
+        vars(self).update(tracer=owner.tracer, _owner=owner, _name=name)
+
+    @property
+    def node(self) -> Node:  # type: ignore[override]
+        """The node, made when it is first asked for."""
+        if "_node" not in vars(self):
+            attribute = self.tracer.create_proxy("call_function", getattr, (self._owner, self._name), {})
+            vars(self)["_node"] = attribute.node
+        return vars(self)["_node"]  # type: ignore[no-any-return]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.tracer.create_proxy("call_method", self._name, (self._owner, *args), kwargs)
+
+
+def _instruction(frame: FrameType, offset: int | None = None) -> tuple[str, int]:
+    """What a frame is doing, or was at an offset: the operation of its bytecode, and the argument."""
+    code, offset = frame.f_code.co_code, frame.f_lasti if offset is None else offset
+    return dis.opname[code[offset]], code[offset + 1]
+
+
+def _tracebacks(error: Exception) -> Iterator[TracebackType]:
+    step = error.__traceback__
+    while step is not None:
+        yield step
+        step = step.tb_next
+
+
+def _told(error: Exception) -> str:
+    """An exception and its place in the model's own code, in one line."""
+    own = [step for step in _tracebacks(error) if not _is_ours_or_torchs(step.tb_frame)]
+    first_line, *_ = [*str(error).splitlines(), ""]
+    told = f"{type(error).__name__}: {first_line[:150]}"
+    if not own:
+        return told
+    code = own[-1].tb_frame.f_code
+    return f"{code.co_qualname}, {code.co_filename}:{own[-1].tb_lineno}: {told}"
+
+
+def _is_ours_or_torchs(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__")).startswith(("torch.", "convbn_fx."))
+
+
 def _module_of_elsewhere(*_: Any, **__: Any) -> None:
     """Stands for the call of a module that is not among those of the root."""
 
@@ -111,10 +184,12 @@ def _module_of_elsewhere(*_: Any, **__: Any) -> None:
 class _Explorer(Tracer):
     """Records one way through a forward."""
 
-    def __init__(self, opened: frozenset[str], given: frozenset[str], decisions: tuple[bool, ...]) -> None:
+    def __init__(self, opened: frozenset[str], variant: "_Variant") -> None:
         super().__init__(opened)
-        self.given = given
-        self.decisions = list(decisions)
+        self.given = variant.given
+        self.length = variant.length
+        self.needed_length = 0  # of what was unpacked, where it was another than guessed
+        self.decisions = list(variant.decisions)
         self.taken = 0
         self.has_guessed_a_number = False
         self.frames: dict[FrameType, int] = {}
@@ -122,7 +197,9 @@ class _Explorer(Tracer):
         self.sites: dict[Node, Site | None] = {}
         self.with_other_gradients: set[Node] = set()
         self.left_out: list[Any] = []
-        self.asked_for: set[Node] = set()  # whose class was
+        self.elsewhere: list[nn.Module] = []
+        self.asked_for: set[Node] = set()  # whose class was, not by isinstance
+        self.classes: dict[Node, type | None] = {}
         self.outputs: list[tuple[Node, weakref.ReferenceType[Proxy]]] = []  # of convolutions
 
     def proxy(self, node: Node) -> Proxy:
@@ -132,16 +209,21 @@ class _Explorer(Tracer):
             self.outputs.append((node, weakref.ref(proxy)))
         return proxy
 
-    def follow(self, root: nn.Module) -> bool:
-        """Follows the forward as far as guesses lead; tells whether that was to its end (or what it raises itself)."""
+    def follow(self, root: nn.Module) -> str:
+        """Follows the forward as far as guesses lead; tells where and why it was not to its end.
+
+        What a forward raises itself is an end, too, unless a guessed number may be the cause.
+        """
         try:
             self.trace(root)
-        except (AssertionError, ValueError, NotImplementedError) as error:
-            *_, (last, _) = traceback.walk_tb(error.__traceback__)
-            return not str(last.f_globals.get("__name__")).startswith(("torch.", "convbn_fx."))
-        except Exception:  # noqa: BLE001 - a forward may raise anything, and this one is given guesses
-            return False
-        return True
+        except Exception as error:  # noqa: BLE001 - a forward may raise anything, and this one is given guesses
+            *_, innermost = _tracebacks(error)
+            operation, argument = _instruction(innermost.tb_frame, innermost.tb_lasti)
+            if operation == "UNPACK_SEQUENCE":
+                self.needed_length = argument
+            raises = operation == "RAISE_VARARGS" and not _is_ours_or_torchs(innermost.tb_frame)
+            return "" if raises and not self.has_guessed_a_number else _told(error)
+        return ""
 
     def note_what_is_kept(self) -> None:
         """Records a reader of every output that outlives the forward, in whatever keeps it."""
@@ -151,9 +233,30 @@ class _Explorer(Tracer):
         kept = [node for node, reference in self.outputs if reference() is not None or node in self.asked_for]
         self.graph.create_node("call_function", kept_by_someone, tuple(kept))
 
+    def way(self, broke_off: str) -> Way:
+        """What has been recorded."""
+        return Way(
+            self.root,
+            self.graph,
+            self.opened,
+            self.methods,
+            self.sites,
+            self.with_other_gradients,
+            broke_off,
+            self.has_guessed_a_number,
+            self.elsewhere,
+        )
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether calling `m` becomes one node."""
         return module_qualified_name not in self.opened
+
+    def class_of(self, node: Node) -> type | None:
+        """The class of what a node stands for: a tensor, and on another way something else, where it is not known."""
+        if node not in self.classes:
+            known = _known_class(node, self.root)
+            self.classes[node] = known or (Tensor if self.to_bool(node) else None)
+        return self.classes[node]
 
     def to_bool(self, obj: Any) -> bool:
         """Takes the branch that was decided on, or else the first."""
@@ -189,12 +292,13 @@ class _Explorer(Tracer):
     ) -> Any:
         """Records a module's call, wherever the forward has the module from."""
         if m not in (self.submodule_paths or {}):
+            self.elsewhere.append(m)
             return self.create_proxy("call_function", _module_of_elsewhere, args, kwargs)
         return super().call_module(m, forward, args, kwargs)
 
     def create_arg(self, a: Any) -> Any:
         """Makes a value an argument of a node; an object that a graph cannot hold is left out."""
-        if type(a) is _Guess:
+        if issubclass(type(a), _Guess):
             return a.node
         if is_dataclass(a) and not isinstance(a, (type, dict)):
             self.left_out.append(a)  # the forward hands it on as it is, and nothing looks inside
@@ -231,6 +335,44 @@ class _Explorer(Tracer):
             frame = frame.f_back
 
 
+_CLASSES_OF_METADATA: Final = {"shape": torch.Size, "size": torch.Size, "ndim": int, "dim": int, "numel": int}
+
+
+def _known_class(node: Node, root: nn.Module) -> type | None:
+    """The class of what a node stands for, where that is beyond doubt."""
+    match node.op, node.target, node.args:
+        case "get_attr", _, _:
+            return Tensor
+        case "call_module", name, _:
+            module = root.get_submodule(str(name))
+            known = kinds.convolution_kind(module) or kinds.batch_norm_kind(module)
+            return None if known is None else Tensor
+        case "call_method", "size", (_, *dimensions) if dimensions or node.kwargs:
+            return int
+        case ("call_method", name, _) | ("call_function", builtins.getattr, (_, name)):
+            return _CLASSES_OF_METADATA.get(str(name))
+        case "call_function", operator.getitem, (Node() as owner, int()) if _is_size(owner, root):
+            return int
+        case "call_function", operator.getitem, (Node() as owner, _) if _is_size(owner, root):
+            return torch.Size
+        case "call_function", function, _ if function in kinds.CONVOLUTION_FUNCTIONS:
+            return Tensor
+    return None
+
+
+def _is_size(node: Node, root: nn.Module) -> bool:
+    return _known_class(node, root) is torch.Size
+
+
+class _Variant(NamedTuple):
+    """How an exploration is to go."""
+
+    training: bool
+    given: frozenset[str]  # of the optional arguments
+    decisions: tuple[bool, ...] = ()
+    length: int = _LENGTH
+
+
 def kept_by_someone(*_: Any) -> None:
     """Stands for whoever reads what a forward has left behind."""
 
@@ -247,46 +389,44 @@ def explore(root: nn.Module, ends: "Ends") -> list[Way]:
     """
     opened: frozenset[str] = frozenset()
     while True:
-        ways = list(_ways(root, opened))
+        ways = _ways(root, opened)
         crossed = {name for way in ways for name in ends.crossed(way)}
         if crossed <= opened:
             return ways
         opened |= crossed
 
 
-def _ways(root: nn.Module, opened: frozenset[str]) -> Iterator[Way]:
+def _ways(root: nn.Module, opened: frozenset[str]) -> list[Way]:
     parameters = list(inspect.signature(type(root).forward).parameters.values())[1:]
     optional = [parameter.name for parameter in parameters if parameter.default is not parameter.empty]
     given_together = {frozenset[str](), frozenset(optional), *(frozenset({name}) for name in optional)}
     variants = product(
         (False, True) if _reads_its_mode(root) else (root.training,), sorted(given_together, key=len)
     )
-    pending: list[tuple[bool, frozenset[str], tuple[bool, ...]]] = [(*variant, ()) for variant in variants]
-    for number in range(_WAYS):
-        if not pending:
-            return
-        training, given, decisions = pending.pop(0)
-        explorer = _Explorer(opened, given, decisions)
+    pending = [_Variant(*variant) for variant in variants]
+    ways: list[Way] = []
+    while pending and len(ways) < _WAYS:
+        variant = pending.pop(0)
+        explorer = _Explorer(opened, variant)
         with attributes_as_found((root, *map(root.get_submodule, opened))), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            root.training = training
+            root.training = variant.training
             with _nothing_ages():
-                followed = explorer.follow(root)
+                broke_off = explorer.follow(root)
                 explorer.note_what_is_kept()
+        if explorer.needed_length and variant.length == _LENGTH != explorer.needed_length:
+            pending.insert(0, variant._replace(length=explorer.needed_length))
+            continue
         pending += [
-            (training, given, (*explorer.decisions[:taken], False))
-            for taken in range(len(decisions), len(explorer.decisions))
+            variant._replace(decisions=(*explorer.decisions[:taken], False))
+            for taken in range(len(variant.decisions), len(explorer.decisions))
         ]
-        yield Way(
-            root,
-            explorer.graph,
-            opened,
-            explorer.methods,
-            explorer.sites,
-            explorer.with_other_gradients,
-            followed and not (pending and number == _WAYS - 1),
-            explorer.has_guessed_a_number,
+        ways.append(explorer.way(broke_off))
+    if pending:
+        ways[-1].broke_off = (
+            ways[-1].broke_off or f"more than {_WAYS} ways lead through {type(root).__name__}.forward"
         )
+    return ways
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from convbn_fx.deferral import Pairing, Scope
-from convbn_fx.discovery import OwnedPair
+from convbn_fx.discovery import OwnedPair, identity
 from convbn_fx.records import Pair, Report, Skip
 from convbn_fx.roles import FUNCTION_CALLS, PAIRING, REPORT, SCOPE, STAYS_IN_EVAL_MODE, ScopeHooks, become
 
@@ -80,7 +80,12 @@ def file_report(model: nn.Module, pairs: Iterable[OwnedPair], skips: Iterable[Sk
     """Files each record with the module whose forward it speaks of, so that sub-modules have reports of their own."""
     fused: defaultdict[str, list[Pair]] = defaultdict(list)
     left: defaultdict[str, list[Skip]] = defaultdict(list)
+    told: dict[tuple[object, object], OwnedPair] = {}
     for pair in pairs:
+        told.setdefault(
+            (identity(model, pair.record.convolution), identity(model, pair.record.batch_norm)), pair
+        )
+    for pair in told.values():
         fused[pair.owner].append(pair.record.without_prefix(pair.owner))
     for skip in skips:
         owner = skip.batch_norm.rpartition(".")[0]

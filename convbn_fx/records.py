@@ -98,6 +98,10 @@ class SkipReason(StrEnum):
         "the batch norm is outside of the modules that were to be tuned",
         "name a module around it in tune(model, modules=[...])",
     )
+    NOT_FOLLOWED = (
+        "a forward that may call the batch norm could not be followed to its end",
+        "keep what the detail names out of the forward that runs the pair: in a module of its own, say",
+    )
     NOT_CALLED = (
         "the batch norm is not called in this graph",
         "none needed; if it should be called, trace the model in the mode and with the arguments that use it",
