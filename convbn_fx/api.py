@@ -1,22 +1,25 @@
 """The pipeline, phase by phase: what users call."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Final
 
 import torch
 from torch import nn
 
-from convbn_fx.baking import bake, bake_graph
+from convbn_fx.baking import Baked, bake, bake_graph, skipped
 from convbn_fx.cloning import Model, clone
 from convbn_fx.compiled_reports import compiled_report
-from convbn_fx.discovery import Discovery, OwnedPair, discover
+from convbn_fx.discovery import Discovery, Explored, OwnedPair, discover
 from convbn_fx.graph_module import GraphModule
 from convbn_fx.linking import file_report, keep_in_eval_mode, link
 from convbn_fx.matching import find_pairs
 from convbn_fx.modes import batch_norms, selected
-from convbn_fx.records import Report, Skip, SkipReason, without_wrappers
+from convbn_fx.records import Refusal, Report, Skip, SkipReason, without_wrappers
 from convbn_fx.rewriting import copied, rewrite
 from convbn_fx.roles import REPORT
+from convbn_fx.tracing import left_as_found
+from convbn_fx.uses import doubts, goes_another_way
 
 META_KEY: Final = "convbn_fx"
 
@@ -192,18 +195,51 @@ def deploy(model: Model, modules: Iterable[str] | None = None) -> Model:
             left = {skip.batch_norm for skip in skips}
             fused, others = module.meta[META_KEY].fused, module.meta[META_KEY].skipped
             module.meta[META_KEY] = Report(
-                [pair for pair in fused if pair.batch_norm not in left], others + skips
+                [replace(pair, is_baked=True) for pair in fused if pair.batch_norm not in left],
+                others + skips,
             )
     return _baked(deployed, names, discover(deployed))
 
 
 def _baked(model: Model, names: Iterable[str], found: Discovery) -> Model:
-    """Bakes the pairs that were found in this very model, inside its modules with these names."""
+    """Bakes the pairs that were found in this very model, inside its modules with these names, and links the others."""
     chosen = [pair for pair in found.pairs if _is_inside(pair.owner, names)]
-    elsewhere = _modules_of(model, (pair for pair in found.pairs if pair not in chosen))
-    baked, skips = bake(model, chosen, found.used_apart | elsewhere)
-    file_report(model, baked, found.skips + skips + _outside(found.pairs, chosen))
+    of_modules = [pair for pair in chosen if pair.site is None and not pair.to_function]
+    baked, skips = bake(model, of_modules, doubts(model, found.explored, of_modules))
+    skips += [
+        Skip(pair.record.batch_norm, SkipReason.FUNCTION_CALL) for pair in chosen if pair not in of_modules
+    ]
+    baked, seen = _unseen(model, baked, found.explored)
+    pairs = [pair for group in baked for pair in group.pairs]
+    for pair in chosen:
+        if pair not in pairs:
+            link(model, pair)
+    told = [replace(pair, record=replace(pair.record, is_baked=True)) for pair in chosen if pair in pairs]
+    file_report(model, told, found.skips + skips + seen + _outside(found.pairs, chosen))
     return model
+
+
+def _unseen(model: nn.Module, baked: list[Baked], explored: list[Explored]) -> tuple[list[Baked], list[Skip]]:
+    """Undoes what a forward looks at; returns what no forward does, and a `Skip` for the rest."""
+    skips: list[Skip] = []
+    while True:
+        changed: dict[int, tuple[Baked, Explored]] = {}
+        with left_as_found(model):
+            for each in explored:
+                parts = set(map(id, each.module.modules()))
+                groups = [
+                    group for group in baked if any(id(module) in parts for module, *_ in group.originals)
+                ]
+                if groups and goes_another_way(each):
+                    changed |= {id(group): (group, each) for group in groups}
+        if not changed:
+            return baked, skips
+        for group, each in changed.values():
+            group.undo()
+            detail = f"{type(each.module).__name__} looks at what it is"
+            refusal = Refusal(SkipReason.MAY_BE_USED_ELSEWHERE, detail)
+            skips += [skipped(pair, refusal) for pair in group.pairs]
+        baked = [group for group in baked if id(group) not in changed]
 
 
 def tuned_and_deployed(model: Model) -> tuple[Model, Model]:
@@ -221,12 +257,6 @@ def tuned_and_deployed(model: Model) -> tuple[Model, Model]:
     tuned, deployed = clone(model), clone(model)
     found = discover(deployed)
     return _linked(tuned, [""], found), _baked(deployed, [""], found)
-
-
-def _modules_of(model: nn.Module, pairs: Iterable[OwnedPair]) -> set[int]:
-    modules = dict(model.named_modules(remove_duplicate=False))
-    names = (name for pair in pairs for name in (pair.record.convolution, pair.record.batch_norm))
-    return {id(modules[name]) for name in names if name in modules}
 
 
 def _outside(pairs: list[OwnedPair], chosen: list[OwnedPair]) -> list[Skip]:

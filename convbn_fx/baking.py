@@ -4,6 +4,7 @@ import itertools
 import operator
 from collections import OrderedDict
 from collections.abc import Iterable
+from dataclasses import dataclass
 from inspect import signature
 from typing import Any, Final
 
@@ -56,9 +57,29 @@ class Folded(nn.Identity):
 # --- In a model --------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Baked:
+    """Pairs that were baked together, because they share modules.
+
+    Attributes:
+        pairs: The pairs.
+        originals: The modules that were exchanged, the classes they had, and their attributes.
+    """
+
+    pairs: list[OwnedPair]
+    originals: list[tuple[nn.Module, type[nn.Module], dict[str, Any]]]
+
+    def undo(self) -> None:
+        """Makes the modules what they were."""
+        for module, cls, attributes in self.originals:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module.__class__ = cls
+
+
 def bake(
-    model: nn.Module, pairs: list[OwnedPair], used_apart: set[int]
-) -> tuple[list[OwnedPair], list[Skip]]:
+    model: nn.Module, pairs: Iterable[OwnedPair], doubts: dict[int, Refusal]
+) -> tuple[list[Baked], list[Skip]]:
     """Turns the convolutions of pairs into plain ones with baked parameters, and their batch norms into nothing.
 
     A batch norm that follows several convolutions is baked into each. A convolution that several batch norms follow
@@ -66,53 +87,69 @@ def bake(
 
     Args:
         model: The model, changed in place; its modules must be nobody else's.
-        pairs: The pairs to bake.
-        used_apart: Ids of the convolutions and batch norms that are also used outside of pairs.
+        pairs: The pairs to bake, of modules.
+        doubts: For convolutions and batch norms, by id, that may also be used outside of these pairs, who may use them.
 
     Returns:
         The pairs that were baked, and a `Skip` for each that could not be.
     """
-    baked: list[OwnedPair] = []
-    modules = [pair for pair in pairs if pair.site is None and not pair.to_function]
-    skips = [Skip(pair.record.batch_norm, SkipReason.FUNCTION_CALL) for pair in pairs if pair not in modules]
-    for group in _sharing_modules(modules):
-        members = [
-            (model.get_submodule(pair.record.convolution), model.get_submodule(pair.record.batch_norm))
-            for pair in group
-        ]
+    baked: list[Baked] = []
+    skips: list[Skip] = []
+    for group in _sharing_modules(model, pairs):
         try:
-            for module, replacement in _replacements(members, used_apart):
-                _turn_into(module, replacement)
-            baked += group
+            _check_what_is_between(model, group)
+            replacements = _replacements([_members(model, pair) for pair in group], doubts)
         except Refusal as refusal:
-            skips += [Skip(pair.record.batch_norm, refusal.reason, refusal.detail) for pair in group]
+            skips += [skipped(pair, refusal) for pair in group]
+            continue
+        baked.append(Baked(group, [(module, type(module), dict(vars(module))) for module, _ in replacements]))
+        for module, replacement in replacements:
+            _turn_into(module, replacement)
     return baked, skips
 
 
-def _sharing_modules(pairs: Iterable[OwnedPair]) -> list[list[OwnedPair]]:
+def skipped(pair: OwnedPair, refusal: Refusal) -> Skip:
+    """What is told of a pair that could not be baked."""
+    return Skip(pair.record.batch_norm, refusal.reason, refusal.detail)
+
+
+def _members(model: nn.Module, pair: OwnedPair) -> tuple[nn.Module, nn.Module]:
+    return model.get_submodule(pair.record.convolution), model.get_submodule(pair.record.batch_norm)
+
+
+def _sharing_modules(model: nn.Module, pairs: Iterable[OwnedPair]) -> list[list[OwnedPair]]:
     """The pairs in groups that have no module in common."""
-    groups: list[tuple[set[str], list[OwnedPair]]] = []
+    groups: list[tuple[set[int], list[OwnedPair]]] = []
     for pair in pairs:
-        names, members = {pair.record.convolution, pair.record.batch_norm}, [pair]
+        modules, members = set(map(id, _members(model, pair))), [pair]
         apart = []
-        for other_names, others in groups:
-            if names & other_names:
-                names, members = names | other_names, others + members
+        for other_modules, others in groups:
+            if modules & other_modules:
+                modules, members = modules | other_modules, others + members
             else:
-                apart.append((other_names, others))
-        groups = [*apart, (names, members)]
+                apart.append((other_modules, others))
+        groups = [*apart, (modules, members)]
     return [members for _, members in groups]
 
 
+def _check_what_is_between(model: nn.Module, pairs: list[OwnedPair]) -> None:
+    for name in (name for pair in pairs for name in pair.between):
+        if kinds.has_hooks(model.get_submodule(name)):
+            raise Refusal(SkipReason.HAS_HOOKS, f"{name}, out of or into which the output goes")
+
+
 def _replacements(
-    members: list[tuple[nn.Module, nn.Module]], used_apart: set[int]
+    members: list[tuple[nn.Module, nn.Module]], doubts: dict[int, Refusal]
 ) -> list[tuple[nn.Module, nn.Module]]:
     """Each module of a group, and what takes its place."""
     convs, norms = ({id(module): module for module in side}.values() for side in zip(*members, strict=True))
+    baked = [
+        (conv, norm, _baked(conv, norm))
+        for conv, norm in {tuple(map(id, pair)): pair for pair in members}.values()
+    ]
     for module in (*convs, *norms):
-        if id(module) in used_apart:
-            raise Refusal(SkipReason.CONVOLUTION_OUTPUT_USED_ELSEWHERE, "on another path of a forward")
-    baked = [(conv, norm, _baked(conv, norm)) for conv, norm in members]
+        if id(module) in doubts:
+            raise doubts[id(module)]
     if len(norms) == 1:
         (norm,) = norms
         return [
@@ -129,10 +166,20 @@ def _replacements(
     raise Refusal(SkipReason.SHARED)
 
 
+#: Attributes of every module, beside its parameters, buffers and children.
+_OF_EVERY_MODULE: Final = frozenset(vars(nn.Module()))
+
+
 def _turn_into(module: nn.Module, replacement: nn.Module) -> None:
-    """Changes the very object, so that whoever refers to it refers to the replacement."""
+    """Changes the very object, so that whoever refers to it refers to the replacement, and finds its attributes."""
+    kept = {
+        name: value
+        for name, value in vars(module).items()
+        if name not in _OF_EVERY_MODULE and name not in dir(replacement)
+    }
     training = module.training
     vars(module).clear()
+    vars(module).update(kept)
     vars(module).update(vars(replacement))
     module.__class__ = type(replacement)
     module.training = training
@@ -152,7 +199,12 @@ def _check(conv: nn.Module, norms: Iterable[nn.Module | BatchNorm]) -> nn.Module
 
 def _remainder(norm: nn.Module, first: nn.Module) -> nn.Module:
     """What is to run in the place of a batch norm: `first`, then what its class does after normalising."""
-    parts = {name: part for name, part in norm.named_children() if name in ("drop", "act")}
+    kind = kinds.batch_norm_kind(norm)
+    if kind is None or kind.epilogue is None:
+        return first
+    parts = {name: part for name in ("drop", "act") if (part := getattr(norm, name, None)) is not None}
+    if not all(isinstance(part, nn.Module) for part in parts.values()):
+        raise Refusal(SkipReason.UNKNOWN_BATCH_NORM, "its activation is no module")
     return nn.Sequential(OrderedDict({"folded": first, **parts})) if parts else first
 
 
@@ -176,10 +228,20 @@ def _baked(conv: nn.Module | Convolution, norm: nn.Module | BatchNorm) -> nn.Mod
     # This is what the forward pads by, whatever the padding was changed to since.
     if (padding := getattr(conv, "_reversed_padding_repeated_twice", None)) is not None:
         plain._reversed_padding_repeated_twice = padding
-    tensors = (operands.weight, operands.bias, norm_operands.weight, norm_operands.bias)
-    trains = any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    plain.weight, plain.bias = (nn.Parameter(tensor, requires_grad=trains) for tensor in (weight, bias))
+    # As PyTorch's own fusion has it: what was frozen stays frozen.
+    shifts = (operands.bias, norm_operands.bias)
+    plain.weight = nn.Parameter(weight, requires_grad=_trains(conv, operands))
+    plain.bias = nn.Parameter(
+        bias, requires_grad=any(shift is not None and shift.requires_grad for shift in shifts)
+    )
     return plain  # type: ignore[no-any-return]
+
+
+def _trains(conv: nn.Module | Convolution, operands: Convolution) -> bool:
+    """Whether the weight, or what it is computed from, trains."""
+    if not isinstance(conv, nn.Module):
+        return bool(operands.weight.requires_grad)
+    return any(tensor.requires_grad for tensor in conv.parameters() if tensor is not operands.bias)
 
 
 def _plain_form(conv: Any) -> tuple[type[nn.Module], Convolution, dict[str, Any]]:
@@ -284,9 +346,18 @@ def bake_graph(graph_module: GraphModule) -> list[Skip]:
         if node.op == "get_attr" and not node.users:
             folded_away.add(str(node.target))
             graph.erase_node(node)
+    named = [str(node.target) for node in graph.nodes if node.op in _NAMING]
+    still_called = {
+        id(part)
+        for node in graph.nodes
+        if node.op == "call_module"
+        for part in graph_module.get_submodule(str(node.target)).modules()
+    }
     for name in folded_away:
-        if not any(f"{node.target}.".startswith(f"{name}.") for node in graph.nodes if node.op in _NAMING):
-            owner, _, last = name.rpartition(".")
+        owner, _, last = name.rpartition(".")
+        if id(graph_module.get_submodule(owner)) not in still_called and not any(
+            f"{other}.".startswith(f"{name}.") for other in named
+        ):
             for members in _members_of(graph_module.get_submodule(owner)):
                 members.pop(last, None)
     graph.lint()

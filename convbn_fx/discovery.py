@@ -4,7 +4,7 @@ What is found decides only which convolutions may do the work of a batch norm, a
 always the forward itself (see [`deferral`][convbn_fx.deferral]).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -43,6 +43,23 @@ class OwnedPair:
     to_function: bool = False
 
 
+@dataclass(frozen=True)
+class Explored:
+    """The forward of a module, as it was explored.
+
+    Attributes:
+        name: Qualified name of the module.
+        module: The module.
+        ways: The ways through its forward.
+        matches: For each way, the pairs on it.
+    """
+
+    name: str
+    module: nn.Module
+    ways: list[Way]
+    matches: list[list[Match]]
+
+
 @dataclass
 class Discovery:
     """What the forwards of a model do with convolutions and batch norms.
@@ -50,12 +67,12 @@ class Discovery:
     Attributes:
         pairs: The pairs, in the order of the forwards.
         skips: A `Skip` for every Eval-mode batch norm that is in no pair.
-        used_apart: Convolutions and batch norms (by id) that some forward also uses outside of a pair.
+        explored: The forwards, children first.
     """
 
     pairs: list[OwnedPair]
     skips: list[Skip]
-    used_apart: set[int]
+    explored: list[Explored]
 
 
 def discover(model: nn.Module, include_training: bool = False) -> Discovery:
@@ -71,17 +88,14 @@ def discover(model: nn.Module, include_training: bool = False) -> Discovery:
     pairs: dict[tuple[str, str], OwnedPair] = {}
     skips: dict[str, Skip] = {}
     decided: dict[int | str, Skip] = {}  # those that no other way through a forward outvotes
-    used_apart: set[int] = set()
-    loose: set[tuple[int, str]] = set()
-    not_followed: set[str] = set()
+    explored: list[Explored] = []
     lost: dict[int, str] = {}  # modules that may be called where no exploration led
     ends = Ends(set(), set())
     with left_as_found(model):
         # Children first: how their forwards begin and end decides whether their parent looks inside them.
         for name, module in _with_forwards_of_their_own(model):
-            ways = []
-            for way in explore(module, ends):
-                ways.append(way)
+            explored.append(Explored(name, module, explore(module, ends), []))
+            for way in explored[-1].ways:
                 ends.learn(way)
                 matches, refusals = find_pairs_in(way.graph, module, include_training)
                 judged = [(match, _refusal(match, way)) for match in matches]
@@ -96,14 +110,10 @@ def discover(model: nn.Module, include_training: bool = False) -> Discovery:
                         decided[identity(model, skip.batch_norm)] = skip
                 for output in _kept_outputs(way):
                     decided[identity(model, _joined(name, output))] = _KEPT
-                used_apart |= _used_apart(way, taken)
-                loose |= {(id(member), name) for member in _at_the_ends(way, taken)}
-            if not _are_all(ways, module):
-                not_followed.add(name)
-            for part, told in _lost(ways, module):
+                explored[-1].matches.append(taken)
+            for part, told in _lost(explored[-1].ways, module):
                 lost.setdefault(id(part), f"{name or 'the model'}: {told}")
     _leave_out(pairs, decided, skips, model)
-    used_apart |= _unexplained(model, pairs.values(), loose, not_followed)
     fused = {identity(model, pair.record.batch_norm) for pair in pairs.values()}
     by_module = {identity(model, name): skip for name, skip in skips.items()}
     left = [skip for module, skip in by_module.items() if module not in fused]
@@ -112,7 +122,7 @@ def discover(model: nn.Module, include_training: bool = False) -> Discovery:
     return Discovery(
         sorted(pairs.values(), key=lambda pair: place[pair.owner]),
         sorted(left, key=lambda skip: place[skip.batch_norm.rpartition(".")[0]]),
-        used_apart,
+        explored,
     )
 
 
@@ -130,21 +140,6 @@ def _leave_out(
         if decision is not None:
             del pairs[key]
             skips[name] = replace(decision, batch_norm=name)
-
-
-def _are_all(ways: list[Way], root: nn.Module) -> bool:
-    """Whether nothing can happen in the root's forward that none of these ways goes through."""
-    if not all(way.is_whole for way in ways):
-        return False
-    if not any(way.has_guessed_a_number for way in ways):
-        return True
-    # A loop that is longer than was guessed may call what none of them does.
-    called = {str(node.target) for way in ways for node in way.graph.nodes if node.op == "call_module"}
-    return not any(
-        (kinds.resembles_convolution(module) or kinds.resembles_batch_norm(module))
-        and called.isdisjoint({name, *_enclosing(name)})
-        for name, module in root.named_modules()
-    )
 
 
 def _lost(ways: list[Way], root: nn.Module) -> Iterator[tuple[nn.Module, str]]:
@@ -187,60 +182,6 @@ def _is_stored_by(user: Node, node: Node) -> bool:
         "__setitem__",
     )
     return user.op == "call_method" and user.target in storing and node not in user.args[:1]
-
-
-def _used_apart(way: Way, matches: list[Match]) -> set[int]:
-    """The convolutions and batch norms that this way calls or reads outside of pairs."""
-    paired = _members(matches)
-    apart = set()
-    for node in way.graph.nodes:
-        if node.op == "get_attr":  # of a parameter: the forward reads it itself
-            apart.add(id(way.root.get_submodule(str(node.target).rpartition(".")[0])))
-        elif node.op == "call_module" and node not in paired and not _is_at_an_end(node, way):
-            apart.add(id(way.root.get_submodule(str(node.target))))
-    return apart
-
-
-def _at_the_ends(way: Way, matches: list[Match]) -> Iterator[nn.Module]:
-    """Convolutions whose output the forward returns, and batch norms of what it is given: its caller may pair them."""
-    paired = _members(matches)
-    for node in way.graph.nodes:
-        if node.op == "call_module" and node not in paired and _is_at_an_end(node, way):
-            yield way.root.get_submodule(str(node.target))
-
-
-def _members(matches: list[Match]) -> set[Node]:
-    return {node for match in matches for node in (match.convolution_node, match.batch_norm_node)}
-
-
-def _is_at_an_end(node: Node, way: Way) -> bool:
-    module = way.root.get_submodule(str(node.target))
-    if kinds.convolution_kind(module) is not None:
-        return {user.op for user in node.users} <= {"output"}
-    return kinds.resembles_batch_norm(module) and {source.op for source in node.all_input_nodes} <= {
-        "placeholder"
-    }
-
-
-def _unexplained(
-    model: nn.Module, pairs: Iterable[OwnedPair], loose: set[tuple[int, str]], not_followed: set[str]
-) -> set[int]:
-    """What may be used apart: at the end of a forward that no pair crosses, or in one that was not followed."""
-    explained: set[tuple[int, str]] = set()
-    apart: set[int] = set()
-    for pair in pairs:
-        members = {
-            id(model.get_submodule(name))
-            for name, is_function in (
-                (pair.record.convolution, pair.site is not None),
-                (pair.record.batch_norm, pair.to_function),
-            )
-            if not is_function
-        }
-        explained |= {(member, name) for member in members for name in pair.between}
-        if pair.owner in not_followed or len(members) < 2:
-            apart |= members
-    return apart | {member for member, name in loose - explained}
 
 
 _KEPT: Final = Skip("", SkipReason.CONVOLUTION_OUTPUT_USED_ELSEWHERE, "kept on some path of the forward")

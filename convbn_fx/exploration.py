@@ -396,6 +396,11 @@ def explore(root: nn.Module, ends: "Ends") -> list[Way]:
         opened |= crossed
 
 
+def explore_again(ways: list[Way]) -> list[Way]:
+    """Explores the forward that these ways lead through once more."""
+    return _ways(ways[0].root, ways[0].opened)
+
+
 def _ways(root: nn.Module, opened: frozenset[str]) -> list[Way]:
     parameters = list(inspect.signature(type(root).forward).parameters.values())[1:]
     optional = [parameter.name for parameter in parameters if parameter.default is not parameter.empty]

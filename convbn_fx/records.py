@@ -86,6 +86,10 @@ class SkipReason(StrEnum):
         "convolutions and batch norms are shared so that no convolution of each use's own could take their places",
         "give each use a convolution or a batch norm of its own, or use tune()",
     )
+    MAY_BE_USED_ELSEWHERE = (
+        "something else can reach the convolution or the batch norm, and may use it by itself",
+        "none needed: the pair runs as one all the same, as tune() makes it",
+    )
     OUT_OF_RANGE = (
         "the folded parameters are beyond the range of the convolution's dtype",
         "deploy the model in float32 first, or use tune()",
@@ -125,6 +129,7 @@ class Pair:
         mode_is_constant: True where the graph holds a functional batch norm, whose `training=False` is a constant;
             False where each call looks at the batch norm module's mode.
         note: Anything more a user should know, such as hooks because of which the pair runs unfused for now.
+        is_baked: Whether there is no batch norm any more: its statistics of then are in the convolution's parameters.
     """
 
     convolution: str
@@ -133,6 +138,7 @@ class Pair:
     batch_norm_kind: str
     mode_is_constant: bool = False
     note: str = ""
+    is_baked: bool = False
 
     def prefixed(self, prefix: str) -> "Pair":
         """The same pair with its names under the sub-module `prefix` of a larger model."""
@@ -273,6 +279,8 @@ _SKIP_HEADER = ("left", "reason", "because")
 
 def _pair_row(pair: Pair) -> tuple[str, ...]:
     mode = "constant: Eval" if pair.mode_is_constant else "read at every call"
+    if pair.is_baked:
+        mode = "baked: Eval"
     if pair.note:
         mode = f"{mode}; {pair.note}"
     return (pair.convolution, pair.batch_norm, f"{pair.convolution_kind} + {pair.batch_norm_kind}", mode)

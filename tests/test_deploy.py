@@ -43,7 +43,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import fuse_conv_bn_eval, parametrizations, parametrize
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import FrozenBatchNorm2d
@@ -614,7 +614,6 @@ def test_a_transposed_convolution_with_two_batch_norms():
     assert_same(model, deploy(model), X)
 
 
-@pytest.mark.xfail(strict=True, reason="a convolution that ends several blocks is left as it is")
 def test_a_convolution_shared_by_blocks():
     first, second = ConvNormAct(3, 3), ConvNormAct(3, 3)
     second.conv = first.conv
@@ -882,12 +881,7 @@ READERS = {
 }
 
 
-ABSENT = pytest.mark.xfail(strict=True, reason="what stands in a batch norm's place has not its attributes")
-
-
-@pytest.mark.parametrize(
-    "reader", [pytest.param(name, marks=ABSENT if name in ("eps", "channels") else ()) for name in READERS]
-)
+@pytest.mark.parametrize("reader", READERS)
 def test_a_forward_that_reads_what_is_folded(reader):
     model = two_convs(READERS[reader])
     assert_same(model, deploy(model), X)
@@ -1015,12 +1009,39 @@ def test_what_did_not_train_does_not_train(source):
     assert Counter(p.grad is not None for p in deployed.parameters() if not p.requires_grad) == {False: 2}
 
 
-@pytest.mark.parametrize("trains", ["conv.weight", "conv.bias", "norm.weight", "norm.bias"])
-def test_what_trained_in_part_trains(trains):
+@pytest.mark.parametrize(
+    ("trains", "then_train"),
+    [
+        ("conv.weight", {"conv.weight"}),
+        ("conv.bias", {"conv.bias"}),
+        ("norm.weight", set()),
+        ("norm.bias", {"conv.bias"}),
+    ],
+)
+def test_what_trained_in_part_trains(trains, then_train):
+    """The weight if the convolution's did, the bias if one of the two that it is made of did."""
     model = pair().requires_grad_(False)
     model.get_parameter(trains).requires_grad_()
     deployed = deployed_with(model, 1)
-    assert all(p.requires_grad for p in deployed.parameters())
+    assert {name for name, p in deployed.named_parameters() if p.requires_grad} == then_train
+
+
+def test_the_weight_of_a_frozen_convolution_stays_frozen():
+    """As with PyTorch's own fusion."""
+    model = pair()
+    model.conv.requires_grad_(False)
+    deployed = deployed_with(model, 1)
+    theirs = fuse_conv_bn_eval(model.conv, model.norm)
+    assert deployed.conv.weight.requires_grad == theirs.weight.requires_grad == False  # noqa: E712
+    assert deployed.conv.bias.requires_grad  # the batch norm's trains
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_weight_that_is_computed_trains_if_what_it_is_computed_from_does(trains):
+    model = pair()
+    parametrizations.weight_norm(model.conv)
+    model.conv.parametrizations.requires_grad_(trains)
+    assert deployed_with(model, 1).conv.weight.requires_grad == trains
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])

@@ -168,6 +168,17 @@ class Two(nn.Module):
         return self.function(self, x)
 
 
+def first_pair(m, x):
+    return m.other(m.net(x))
+
+
+def with_reference(model):
+    model.other.norm = nn.Identity()
+    model.other.conv = nn.Conv2d(4, 4, 1)
+    model.other.neighbours = [model.net]
+    return model
+
+
 def with_huge_gamma(model):
     model.norm.weight.data.fill_(6e4)
     model.conv.weight.data.fill_(4)
@@ -189,6 +200,10 @@ CASES_OF_MODELS = {
         lambda: tune(Pair(forward=lambda m, x: m.norm(m.conv(x) * {5: 1}[x.shape[-1]])).eval()),
     ),
     "shared crosswise": ("SHARED", lambda: deploy(Two(convolution_shared_crosswise).eval())),
+    "reached by a part beside it": (
+        "MAY_BE_USED_ELSEWHERE",
+        lambda: deploy(with_reference(Two(first_pair)).eval()),
+    ),
     "beyond float16": ("OUT_OF_RANGE", lambda: deploy(with_huge_gamma(prepared(Pair())))),
 }
 

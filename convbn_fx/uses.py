@@ -1,0 +1,326 @@
+"""Who else uses a convolution or a batch norm: `deploy` has to know, as a baked model cannot look at its calls.
+
+Judged by identity, over every way in which a module can be reached. A pair's modules may be exchanged if all forwards
+that reach them were followed to their ends and use them as that pair alone, and if nothing else reaches them.
+"""
+
+import dis
+import gc
+import weakref
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from types import CodeType, FrameType, FunctionType, ModuleType
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from convbn_fx import kinds
+from convbn_fx.discovery import Explored, OwnedPair
+from convbn_fx.exploration import Way, explore_again, kept_by_someone
+from convbn_fx.records import Refusal, SkipReason
+
+
+def doubts(model: nn.Module, explored: list[Explored], pairs: Iterable[OwnedPair]) -> dict[int, Refusal]:
+    """Which convolutions and batch norms of pairs may also be used in another way.
+
+    Args:
+        model: The model that was explored.
+        explored: Its forwards.
+        pairs: The pairs that are to be baked, of modules.
+
+    Returns:
+        For each such module, by id, who may use it.
+    """
+    pairs = list(pairs)
+    members = {
+        (id(model.get_submodule(pair.record.convolution)), id(model.get_submodule(pair.record.batch_norm)))
+        for pair in pairs
+    }
+    found = {
+        identity: Refusal(SkipReason.CONVOLUTION_OUTPUT_USED_ELSEWHERE, detail)
+        for identity, detail in _Uses(model, explored, members).apart.items()
+    }
+    graph = _References(model)
+    followed = {id(each.module): each for each in explored}
+    owners = {id(model.get_submodule(pair.owner)) for pair in pairs}
+    for module in _unique(
+        model.get_submodule(name)
+        for pair in pairs
+        for name in (pair.record.convolution, pair.record.batch_norm)
+    ):
+        doubt = graph.doubt(module, followed, owners)
+        if doubt:
+            found.setdefault(id(module), Refusal(SkipReason.MAY_BE_USED_ELSEWHERE, doubt))
+    return found
+
+
+def _unique(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    return list({id(module): module for module in modules}.values())
+
+
+# --- Uses that were seen -----------------------------------------------------------------------------------------
+
+
+class _Uses:
+    """What the forwards do with convolutions and batch norms outside of the pairs.
+
+    Args:
+        model: The model.
+        explored: Its forwards.
+        pairs: Ids of the convolutions and batch norms that are pairs.
+
+    Attributes:
+        apart: For each module, by id, who uses it apart.
+    """
+
+    def __init__(self, model: nn.Module, explored: list[Explored], pairs: set[tuple[int, int]]) -> None:
+        self.apart: dict[int, str] = {}
+        self.pairs = pairs
+        self.holders: defaultdict[int, list[int]] = defaultdict(list)  # of tensors
+        for module in model.modules():
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                self.holders[id(tensor)].append(id(module))
+        # Convolutions that forwards return the output of, and batch norms of what they are given: their callers may
+        # pair them.
+        self.last: defaultdict[int, set[int]] = defaultdict(set)
+        self.first: defaultdict[int, set[int]] = defaultdict(set)
+        self.calls: list[tuple[nn.Module, Node, Explored]] = []
+        self.called: set[int] = set()
+        for each in explored:
+            for way, matches in zip(each.ways, each.matches, strict=True):
+                self._look_at(way, {node for match in matches for node in self._members(match, way)}, each)
+        self._resolve_ends(model, explored)
+
+    def _members(self, match: Any, way: Way) -> Iterable[Node]:
+        conv, norm = match.convolution_node, match.batch_norm_node
+        if conv.op != "call_module" or norm.op != "call_module":
+            return ()
+        modules = tuple(id(way.root.get_submodule(str(node.target))) for node in (conv, norm))
+        return (conv, norm) if modules in self.pairs else ()
+
+    def _look_at(self, way: Way, paired: set[Node], each: Explored) -> None:
+        root = way.root
+        self.called |= {id(root.get_submodule(name)) for name in way.opened}
+        for node in way.graph.nodes:
+            if node.op == "get_attr":  # the forward reads a parameter itself
+                for identity in self.holders[id(_tensor(str(node.target), root))]:
+                    self.apart.setdefault(identity, f"{node.target} is read in {_told(root)}")
+            elif node.op == "call_module" and node not in paired:
+                self.calls.append((root.get_submodule(str(node.target)), node, each))
+
+    def _resolve_ends(self, model: nn.Module, explored: list[Explored]) -> None:
+        """Hands what is at the end of a forward to those who call it."""
+        self.called |= {id(module) for module, _, _ in self.calls}
+        while True:
+            before = sum(map(len, (*self.last.values(), *self.first.values())))
+            for module, node, each in self.calls:
+                is_last = {user.op for user in node.users} <= {"output"}
+                is_first = {source.op for source in node.all_input_nodes} <= {"placeholder"}
+                self._hand_on(self._lasts(module), is_last, self.last[id(each.module)], each)
+                self._hand_on(self._firsts(module), is_first, self.first[id(each.module)], each)
+            if before == sum(map(len, (*self.last.values(), *self.first.values()))):
+                break
+        for each in explored:
+            if each.module is model or id(each.module) not in self.called:
+                for identity in self.last[id(each.module)] | self.first[id(each.module)]:
+                    self.apart.setdefault(identity, f"at an end of {_told(each.module)}")
+
+    def _lasts(self, module: nn.Module) -> set[int]:
+        return {id(module)} if kinds.resembles_convolution(module) else self.last[id(module)]
+
+    def _firsts(self, module: nn.Module) -> set[int]:
+        return {id(module)} if kinds.resembles_batch_norm(module) else self.first[id(module)]
+
+    def _hand_on(self, identities: set[int], is_at_the_end: bool, ends: set[int], each: Explored) -> None:
+        if is_at_the_end:
+            ends |= identities
+        else:
+            for identity in identities:
+                self.apart.setdefault(identity, f"on a path of {_told(each.module)}")
+
+
+def _tensor(name: str, root: nn.Module) -> Any:
+    """The tensor of this name; None where a trace made it up."""
+    owner, _, last = name.rpartition(".")
+    return getattr(root.get_submodule(owner), last, None)
+
+
+def _are_all(explored: Explored) -> bool:
+    """Whether nothing can happen in a forward that none of its ways goes through."""
+    ways, root = explored.ways, explored.module
+    if not all(way.is_whole for way in ways):
+        return False
+    if not any(way.has_guessed_a_number for way in ways):
+        return True
+    # A loop that is longer than was guessed may call what none of them does.
+    called = {
+        id(part)
+        for way in ways
+        for node in way.graph.nodes
+        if node.op == "call_module"
+        for part in root.get_submodule(str(node.target)).modules()
+    }
+    return not any(
+        (kinds.resembles_convolution(module) or kinds.resembles_batch_norm(module))
+        and id(module) not in called
+        for module in root.modules()
+    )
+
+
+# --- What has changed ---------------------------------------------------------------------------------------------
+
+
+def goes_another_way(explored: Explored) -> bool:
+    """Whether a forward, explored again, is not the one it was: it looks at what was exchanged."""
+    again = explore_again(explored.ways)
+    return list(map(_written, again)) != list(map(_written, explored.ways))
+
+
+def _written(way: Way) -> list[object]:
+    return [
+        (node.op, node.target, str(node.args), str(node.kwargs))
+        for node in way.graph.nodes
+        if node.target is not kept_by_someone
+    ] + [way.is_whole]
+
+
+# --- Who can reach what ------------------------------------------------------------------------------------------
+
+_HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+#: In what cannot lead back to an instance of a model, or not by what a forward does.
+_NOT_ENTERED: Final = (
+    type,
+    ModuleType,
+    CodeType,
+    FrameType,
+    str,
+    bytes,
+    int,
+    float,
+    complex,
+    torch.dtype,
+    torch.device,
+)
+
+
+class _HooksOf:
+    """Stands for the hooks of a module in the graph of references."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+
+class _References:
+    """The graph of references between the modules of a model, its tensors, and whatever else they hold.
+
+    Args:
+        model: Where to start.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.sources: defaultdict[int, list[Any]] = defaultdict(list)
+        self.inside: dict[int, set[int]] = {}
+        known: dict[int, Any] = {}
+        todo: list[Any] = [model]
+        while todo:
+            value = todo.pop()
+            if id(value) in known:
+                continue
+            known[id(value)] = value
+            for target in _targets(value):
+                if not isinstance(target, _NOT_ENTERED) and target is not None:
+                    self.sources[id(target)].append(value)
+                    todo.append(target)
+        self.kept_alive = known
+
+    def doubt(self, member: nn.Module, followed: dict[int, Explored], owners: set[int]) -> str:
+        """Who may use a convolution or a batch norm in a way that was not followed; empty if nobody."""
+        tensors = [*member._parameters.values(), *member._buffers.values()]
+        for target in (member, *(tensor for tensor in tensors if tensor is not None)):
+            for module in self._reaching(target, member):
+                doubt = self._doubt_about(module, target, followed, owners)
+                if doubt:
+                    return doubt
+        return ""
+
+    def _reaching(self, target: Any, member: nn.Module) -> Iterator[Any]:
+        """Modules and hooks from which a reference leads to the target, not by way of the member."""
+        known, todo = {id(member)} if target is not member else set(), [target]
+        while todo:
+            for source in self.sources[id(todo.pop())]:
+                if id(source) not in known:
+                    known.add(id(source))
+                    todo.append(source)
+                    if isinstance(source, (nn.Module, _HooksOf)):
+                        yield source
+
+    def _doubt_about(self, module: Any, target: Any, followed: dict[int, Explored], owners: set[int]) -> str:
+        if isinstance(module, _HooksOf):
+            return f"a hook of {_told(module.module)} reaches it"
+        if _runs_only_what_it_is_known_for(module):
+            return ""
+        if id(target) not in self._inside(module):
+            return f"{_told(module)} reaches it, and is not around it"
+        if id(module) in owners and not _are_all(followed[id(module)]):
+            return f"{_told(module)} could not be followed to its end"
+        return ""
+
+    def _inside(self, module: nn.Module) -> set[int]:
+        """Ids of the modules and tensors that are registered inside a module."""
+        if id(module) not in self.inside:
+            parts = list(module.modules())
+            tensors = [t for part in parts for t in (*part._parameters.values(), *part._buffers.values())]
+            self.inside[id(module)] = {*map(id, parts), *map(id, tensors)}
+        return self.inside[id(module)]
+
+
+def _runs_only_what_it_is_known_for(module: nn.Module) -> bool:
+    """Whether the module's own forward uses nothing but its own parameters, or there is none."""
+    if "forward" in vars(module):
+        return False
+    known = kinds.convolution_kind(module) is not None or kinds.batch_norm_kind(module) is not None
+    if known or type(module).forward is nn.Module.forward:
+        return True
+    return type(module).__module__.startswith("torch.nn.modules.") and not module._modules
+
+
+def _told(module: nn.Module) -> str:
+    return type(module).__name__
+
+
+def _targets(value: Any) -> Iterable[Any]:
+    """What a value refers to, in ways that a forward can follow."""
+    if isinstance(value, Tensor):
+        return ()
+    if isinstance(value, nn.Module):
+        attributes = [part for name, part in vars(value).items() if name not in _HOOKS]
+        return [*attributes, *_slots(value), *([_HooksOf(value)] if kinds.has_hooks(value) else ())]
+    if isinstance(value, _HooksOf):
+        hooks = [hook for name in _HOOKS for hook in vars(value.module).get(name, {}).values()]
+        return [*hooks, *([value.module] if any(map(_uses_its_module, hooks)) else ())]
+    if isinstance(value, FunctionType):
+        return [value.__closure__, value.__defaults__, value.__kwdefaults__, value.__dict__]
+    if isinstance(value, weakref.ReferenceType):
+        return [value()]
+    if isinstance(value, weakref.ProxyTypes):
+        return [value.__repr__.__self__]
+    return gc.get_referents(value)
+
+
+def _slots(module: nn.Module) -> list[Any]:
+    names = [name for cls in type(module).__mro__ for name in vars(cls).get("__slots__", ())]
+    return [getattr(module, name) for name in names if hasattr(module, name)]
+
+
+def _uses_its_module(hook: Any) -> bool:
+    """Whether a hook may do anything with the module that it is called with."""
+    if not isinstance(hook, FunctionType) or hook.__code__.co_argcount == 0:
+        return True
+    first = hook.__code__.co_varnames[0]
+    return any(
+        instruction.argval == first or (isinstance(instruction.argval, tuple) and first in instruction.argval)
+        for instruction in dis.get_instructions(hook)
+        if instruction.opname.startswith("LOAD")
+    )
