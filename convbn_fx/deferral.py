@@ -13,20 +13,22 @@ Dynamo captures the forward, nothing waits: the pass is at hand for its graphs (
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import compress
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils import _pytree as pytree
 
 from convbn_fx import kinds
 from convbn_fx.arithmetic import convolution
-from convbn_fx.autocast import autocast_state, in_autocast_state
+from convbn_fx.autocast import autocast_state, computing_dtype, in_autocast_state
 from convbn_fx.functional import (
     are_cheaper_apart,
     batch_norm_operands,
@@ -34,6 +36,7 @@ from convbn_fx.functional import (
     frozen_kind,
     normalised_convolution,
 )
+from convbn_fx.geometry import output_shape
 from convbn_fx.operands import BatchNorm, Convolution
 
 # --- Where deferring is allowed ----------------------------------------------------------------------------------
@@ -148,6 +151,13 @@ class Pairing:
 # --- The deferred convolution ------------------------------------------------------------------------------------
 
 
+def _unforeseen(what: str) -> str:
+    return (
+        f"{what}, on a path of the forward that was not foreseen. tune(model, modules=[...]) names the modules to "
+        "tune: leave the one around this convolution out"
+    )
+
+
 class Waiting:
     """A convolution that has been called, the operands of the call, and what its batch norm will make of it.
 
@@ -172,18 +182,47 @@ class Waiting:
             self.norm_versions = _versions(*self.norm_operands[:4])
             self.normalised = normalised_convolution(input, conv, self.norm_operands, self.norm_kind)
 
+    @property
+    def is_differentiable(self) -> bool:
+        """Whether autograd alone differentiates it, and no function transform."""
+        return self.surroundings[-1] is None
+
     def settled(self) -> Tensor:
         """The convolution's own output."""
         if self.output is None:
-            if not self._is_unchanged():
-                raise RuntimeError(
-                    "the input or a parameter of a convolution was changed in place before its output was read, on a "
-                    "path of the forward that was not foreseen. tune(model, modules=[...]) names the modules to tune: "
-                    "leave the one around this convolution out"
-                )
+            self._check_that_it_is_unchanged()
             with self._in_surroundings_of_the_call():
                 self.output = convolution(self.conv, self.input)
+            self.output_versions = _versions(self.output)
         return self.output
+
+    def gradients(self, grad_output: Tensor, wanted: Iterable[bool]) -> list[Tensor | None]:
+        """The gradients of input, weight and bias, for what took the output past Python."""
+        self._check_that_it_is_unchanged()
+        if self.output is not None and self.output_versions != _versions(self.output):
+            raise RuntimeError(_unforeseen("the output of a convolution was changed in place"))
+        operands: list[Any] = [self.input, self.conv.weight, self.conv.bias]
+        wanted = list(wanted)
+        with self._in_surroundings_of_the_call():
+            # Others than the tensors themselves, whose hooks are to be called once.
+            operands = [
+                operand.view_as(operand) if is_wanted else operand
+                for operand, is_wanted in zip(operands, wanted, strict=True)
+            ]
+            input, weight, bias = operands
+            output = convolution(self.conv._replace(weight=weight, bias=bias), input)
+        gradients = torch.autograd.grad(
+            output, list(compress(operands, wanted)), grad_output, create_graph=torch.is_grad_enabled()
+        )
+        found = iter(gradients)
+        return [next(found) if is_wanted else None for is_wanted in wanted]
+
+    def _check_that_it_is_unchanged(self) -> None:
+        if not self._is_unchanged():
+            changed = (
+                "the input or a parameter of a convolution was changed in place before its output was read"
+            )
+            raise RuntimeError(_unforeseen(changed))
 
     @contextmanager
     def _in_surroundings_of_the_call(self) -> Iterator[None]:
@@ -194,7 +233,7 @@ class Waiting:
             torch._C._autograd._pop_saved_tensors_default_hooks()
         try:
             state = in_autocast_state(self.input.device.type, self.autocast)
-            with state, torch.set_grad_enabled(self.surroundings[0]):
+            with torch.inference_mode(False), state, torch.set_grad_enabled(self.surroundings[0]):
                 yield
         finally:
             for hooks in reversed(entered):
@@ -249,29 +288,42 @@ def _versions(*tensors: Tensor | None) -> list[int]:
         return [0 if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors]
 
 
-# What the output has in common with the normalised one.
-_METADATA: Final = frozenset(
-    {
-        *(Tensor.shape.__get__, Tensor.ndim.__get__, Tensor.dtype.__get__, Tensor.device.__get__),  # type: ignore[attr-defined]
-        *(Tensor.size, Tensor.dim, Tensor.numel),
-    }
-)
-
-
 class Deferred(Tensor):
-    """The output of a convolution, not computed yet. To everyone but its batch norm it is that tensor."""
+    """The output of a convolution, not computed yet. To everyone but its batch norm it is that tensor.
+
+    It has the output's shape, dtype and device, and hands gradients on to the convolution's operands, for code that
+    does not ask `__torch_function__`: an `autograd.Function`, a reentrant checkpoint, `torch.vmap`, an operator in C++.
+    """
 
     _waiting: Waiting
 
     @staticmethod
-    def of(waiting: Waiting) -> "Deferred":
-        """Makes the tensor that stands for a convolution's output. It has neither shape nor data of its own."""
-        # Code that bypasses Python, an autograd function say, must not take it for a constant: a gradient for something
-        # of this shape is an error.
-        requires_grad = torch.is_grad_enabled()
-        deferred: Deferred = torch.Tensor._make_wrapper_subclass(Deferred, (0,), requires_grad=requires_grad)
-        deferred._waiting = waiting
-        return deferred
+    def like(metadata: Tensor, waiting: Waiting) -> "Deferred":
+        """Makes the tensor that stands for a convolution's output.
+
+        Args:
+            metadata: A tensor of its shape, strides and dtype.
+            waiting: The convolution.
+        """
+        if torch.is_grad_enabled() and waiting.is_differentiable:
+            conv = waiting.conv
+            deferred: Deferred = _Differentiable.apply(
+                waiting.input, conv.weight, conv.bias, (waiting, metadata)
+            )
+            return deferred
+        return _without_history(waiting, metadata)
+
+    def settled(self) -> Tensor:
+        """The output, computed if it was not yet.
+
+        Raises:
+            RuntimeError: Code that does not ask `__torch_function__` has changed it in place.
+        """
+        with torch._C.DisableTorchFunctionSubclass():
+            history = self.grad_fn
+        if history is not None and getattr(history, "waiting", None) is not self._waiting:
+            raise RuntimeError(_unforeseen("the output of a convolution was changed in place"))
+        return self._waiting.settled()
 
     @classmethod
     def __torch_function__(
@@ -282,19 +334,62 @@ class Deferred(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Any function of PyTorch computes with the convolution's output."""
-        if func in _METADATA and args[0]._waiting.normalised is not None:
-            return func(args[0]._waiting.normalised, *args[1:], **(kwargs or {}))
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
         return func(*settled(args), **settled(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override] # the stub lacks the arguments' names
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Raises: what comes this way has bypassed Python, and autograd with it."""
-        raise RuntimeError(
-            f"{func} was given the output of a convolution that waits for its batch norm, on a path of the forward "
-            "that was not foreseen. tune(model, modules=[...]) names the modules to tune: leave this one out"
-        )
+        """What comes this way has bypassed Python; autograd, which comes before, knows of it."""
+        if args and type(args[0]) is Deferred and func._schema.is_mutable:
+            raise RuntimeError(_unforeseen("the output of a convolution was changed in place"))
+        args, kwargs = pytree.tree_map_only(Deferred, _values, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _values(deferred: Deferred) -> Tensor:
+    if not deferred._waiting.is_differentiable:  # the transform would take it for a constant
+        raise RuntimeError(_unforeseen("the output of a convolution was read past Python in a transform"))
+    return deferred._waiting.settled().detach()
+
+
+def _without_history(waiting: Waiting, metadata: Tensor) -> Deferred:
+    deferred: Deferred = torch.Tensor._make_wrapper_subclass(
+        Deferred,
+        metadata.shape,
+        metadata.stride(),
+        dtype=metadata.dtype,
+        device=waiting.input.device,
+    )
+    deferred._waiting = waiting
+    return deferred
+
+
+class _Differentiable(torch.autograd.Function):
+    """Makes what stands for a convolution's output, with the convolution's gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Deferred:
+        *_, (ctx.waiting, metadata) = args  # in a tuple, because gradients are not for the metadata
+        return _without_history(ctx.waiting, metadata)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        return (*ctx.waiting.gradients(grad_output, ctx.needs_input_grad[:3]), None)
+
+
+# What can be told of the output before it is computed.
+_METADATA: Final = frozenset(
+    {
+        *(Tensor.shape.__get__, Tensor.ndim.__get__, Tensor.dtype.__get__, Tensor.device.__get__),  # type: ignore[attr-defined]
+        *(Tensor.is_cuda.__get__, Tensor.requires_grad.__get__),  # type: ignore[attr-defined]
+        *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.__len__),
+        *(Tensor.is_floating_point, torch.is_floating_point, torch.numel),
+    }
+)
 
 
 def waiting_in(value: Any) -> Waiting | None:
@@ -305,7 +400,7 @@ def waiting_in(value: Any) -> Waiting | None:
 def settled(value: Any) -> Any:
     """The value, with every deferred convolution in it (in tuples, lists and dicts too) replaced by its output."""
     if type(value) is Deferred:
-        return value._waiting.settled()
+        return value.settled()
     if not isinstance(value, (tuple, list, dict)):
         return value
     # Most often the arguments of a forward: tensors, and nothing inside of them.
@@ -330,12 +425,27 @@ def defer(input: Any, conv: Convolution, pairing: Pairing) -> Any:
     Returns:
         What stands for the convolution's output; the output itself where the two have to run apart.
     """
-    if not isinstance(input, Tensor) or input.is_inference():  # which has no version to tell changes by
-        return convolution(conv, input)
     norm = pairing.only_norm
+    if not _can_wait(input):
+        return convolution(conv, input)
     waiting = Waiting(input, conv, norm)
-    if norm is not None and waiting.normalised is None:
+    metadata = waiting.normalised if norm is not None else _metadata(input, conv)
+    if metadata is None:
         return convolution(conv, input)
     for scope in pairing.scopes:
         scope.waiting.append(weakref.ref(waiting))
-    return Deferred.of(waiting)
+    return Deferred.like(metadata, waiting)
+
+
+def _can_wait(input: Any) -> bool:
+    """Whether a convolution of this input may wait: a change of it shows, and forward-mode AD need not know of it."""
+    return isinstance(input, Tensor) and not input.is_inference() and forward_ad._current_level < 0
+
+
+def _metadata(input: Tensor, conv: Convolution) -> Tensor | None:
+    """A tensor of the shape and dtype of the output; None where they are not known, or the convolution will raise."""
+    dtype = computing_dtype(input, conv)
+    if dtype is None or input.ndim != conv.weight.ndim:
+        return None
+    shape = output_shape(input, conv.weight, conv)
+    return torch.empty(shape, dtype=dtype, device="meta") if min(shape) >= 0 else None

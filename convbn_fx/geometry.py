@@ -32,7 +32,12 @@ class Geometry(NamedTuple):
 
 
 def output_size(input: Tensor, weight: Tensor, conv: Any) -> int:
-    """Number of elements of the output of a convolution, or of a linear layer with inputs of two dimensions.
+    """Number of elements of the output of a convolution: the product of its `output_shape`."""
+    return math.prod(output_shape(input, weight, conv))
+
+
+def output_shape(input: Tensor, weight: Tensor, conv: Any) -> tuple[int, ...]:
+    """Shape of the output of a convolution, or of a linear layer with inputs of two dimensions.
 
     Args:
         input: Its batched input.
@@ -40,9 +45,9 @@ def output_size(input: Tensor, weight: Tensor, conv: Any) -> int:
         conv: Its other operands, or a module of torch.nn, which has attributes of the same names.
 
     Returns:
-        The number, by the formulas of torch.nn's convolutions.
+        The shape, by the formulas of torch.nn's convolutions.
     """
-    return _output_size(
+    return _output_shape(
         input.shape,
         weight.shape,
         conv.transposed,
@@ -87,7 +92,7 @@ def _geometry(
 
 
 @_remembered
-def _output_size(
+def _output_shape(
     input_shape: Sequence[int],
     weight_shape: Sequence[int],
     transposed: bool,
@@ -96,7 +101,7 @@ def _output_size(
     padding: Any,
     dilation: Any,
     output_padding: Any,
-) -> int:
+) -> tuple[int, ...]:
     channels: int = weight_shape[1] * groups if transposed else weight_shape[0]
     geometry = _geometry(weight_shape, stride, padding, dilation, output_padding)
     spatial: list[int] = []
@@ -115,7 +120,7 @@ def _output_size(
             spatial.append((size - 1) * step - 2 * pad + reach + extra + 1)
         else:  # a stride of 0 is for the convolution to refuse
             spatial.append((size + 2 * pad + pad_right - reach - 1) // max(step, 1) + 1)
-    return input_shape[0] * channels * math.prod(spatial)
+    return (input_shape[0], channels, *spatial)
 
 
 def _per_dimension(value: Any, dimensions: int) -> tuple[int, ...]:

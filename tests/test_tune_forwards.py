@@ -745,14 +745,11 @@ READERS = {
     "dlpack": lambda y: torch.from_dlpack(y.detach()) + y,
     "as_tensor": lambda y: torch.as_tensor(y) + y,
     "nested": lambda y: torch.nested.as_nested_tensor([y.sum(1), y.mean(1)]).to_padded_tensor(0.0),
-}
-
-
-#: What takes a tensor past Python, where a convolution that waits cannot be computed for it.
-BYPASSES = {
+    # What does not ask `__torch_function__`:
     "autograd function": Double.apply,
     "reentrant checkpoint": lambda y: checkpoint(torch.sin, y, use_reentrant=True),
     "vmap": torch.vmap(torch.sin),
+    "vmap over channels": torch.vmap(lambda z: z * z.sum(), in_dims=1, out_dims=1),
     "func grad": torch.func.grad(lambda z: z.sin().sum()),
     "jit": jit_sin,
     "subclass": lambda y: y.as_subclass(torch.Tensor) * 2,
@@ -775,25 +772,11 @@ def test_an_unforeseen_reader_of_the_convolution_output(reader, follows):
     model = built(forward)
     tuned = tuned_with(model, 1)
     model.flag = tuned.flag = True
-    if reader == "backward inside":
+    if reader in ("backward inside", "reentrant checkpoint"):  # which `torch.autograd.grad` has no part in
         expected, actual = (outcome(net, lambda net: net(X)) for net in (model, tuned))
         torch.testing.assert_close(actual, expected)
     else:
         assert_equivalent(model, tuned, X)
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.*deprecated:FutureWarning")
-@pytest.mark.parametrize("bypass", BYPASSES)
-def test_an_unforeseen_bypass_is_an_error_and_never_a_wrong_gradient(bypass):
-    def forward(m, x):
-        y = m.conv(x)
-        return BYPASSES[bypass](y) if m.flag else m.norm(y)
-
-    model = built(forward)
-    tuned = tuned_with(model, 1)
-    tuned.flag = True
-    with pytest.raises(RuntimeError):
-        tuned(X).sum().backward()
 
 
 def test_a_batch_norm_replaced_by_nothing_with_a_hook():
@@ -914,10 +897,6 @@ def test_a_checkpointed_part_of_a_forward(use_reentrant, at_tuning, at_run_time)
     for net in (model, tuned):
         net.memory_efficient, net.tail_efficient = at_run_time
     x = X.clone().requires_grad_()
-    if use_reentrant and at_run_time[1] and not at_tuning[1]:  # an autograd function, on an unforeseen path
-        with pytest.raises(RuntimeError, match="invalid gradient"):
-            outcome(tuned, lambda net: net(x))
-        return
     expected, actual = (outcome(net, lambda net: net(x)) for net in (model, tuned))
     torch.testing.assert_close(actual, expected)
     if at_run_time == (False, False) and at_tuning == (False, False):
