@@ -15,7 +15,7 @@ from torch.fx.graph_module import reduce_graph_module
 from torch.nn.modules.module import _WrappedHook
 
 # What belongs to one GraphModule and its graph, or is merged below.
-_NOT_SHARED: Final = frozenset(
+OF_ONE_GRAPH: Final = frozenset(
     {
         "_graph",
         "_code",
@@ -64,7 +64,7 @@ class GraphModule(torch.fx.GraphModule):
         self._parameters = dict(root._parameters)
         self._modules = {**self._modules, **root._modules}
         for name, value in vars(root).items():
-            if name in _NOT_SHARED or name in constants:
+            if name in OF_ONE_GRAPH or name in constants:
                 continue
             if isinstance(value, (dict, list, set)):
                 value = value.copy()  # hooks added to one are not added to the other
@@ -92,6 +92,13 @@ class GraphModule(torch.fx.GraphModule):
         if not getattr(state.get("_tracer_cls"), "proxy_buffer_attributes", False):
             state["_tracer_cls"] = _CodeTracer
         return _rebuild, (state, import_block, type(self).__name__)
+
+
+def instance_like(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """An empty GraphModule of the same class. Each instance has a subclass of its own, for its forward."""
+    instance: torch.fx.GraphModule = type(module).__new__(type(module))
+    type(instance).__name__ = type(module).__name__
+    return instance
 
 
 class _CodeTracer(torch.fx.Tracer):
