@@ -6,11 +6,11 @@ A *kind* knows how to read one call, of a module or of a function, into the norm
 A class is in the table by identity. A subclass is known as long as it overrides nothing that the forward consists of.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from types import FunctionType
-from typing import Any, Final, TypeVar
+from types import CodeType, FunctionType
+from typing import Any, Final, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 
 from convbn_fx import libraries
 from convbn_fx.operands import (
+    AsAttributes,
     BatchNorm,
     Convolution,
     batch_norm_call,
@@ -51,6 +52,8 @@ class ConvolutionKind:
         plain: For a class, given the module, returns the class of a module with the same forward whose weight is a
             parameter, and the weight; None where there is no such class.
         methods: For a class, the methods its forward consists of, as they were when it was registered.
+        reads: For a class, the attributes that `operands` reads, where it is one of the library's own.
+        by_attribute: For a class, whether it may have a way of its own to a parameter or buffer: a property, say.
     """
 
     name: str
@@ -58,6 +61,8 @@ class ConvolutionKind:
     batched_rank: int | None = None
     plain: Callable[[Any], tuple[type[nn.Module], Tensor]] | None = None
     methods: tuple[tuple[str, object], ...] = ()
+    reads: tuple[str, ...] = ()
+    by_attribute: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,8 @@ class BatchNormKind:
         accepted_ranks: Numbers of dimensions of an input that the forward accepts; None for any from 2 on.
         output_index: Which element of a tuple the normalised tensor is; None where it is the only result.
         methods: For a class, the methods its forward consists of, as they were when it was registered.
+        reads: For a class, the attributes that `operands` reads, where it is one of the library's own.
+        by_attribute: For a class, whether it may have a way of its own to a parameter or buffer: a property, say.
         statistics: For a class, the attributes that are None where it normalises by the batch's own statistics.
         always_frozen: For a class, whether it normalises by running statistics in Train mode too.
         promotes: Whether its result is of the type that the input's and the statistics' promote to, where
@@ -84,6 +91,8 @@ class BatchNormKind:
     accepted_ranks: tuple[int, ...] | None = None
     output_index: int | None = None
     methods: tuple[tuple[str, object], ...] = ()
+    reads: tuple[str, ...] = ()
+    by_attribute: bool = False
     statistics: tuple[str, ...] = ("running_mean", "running_var")
     always_frozen: bool = False
     promotes: bool = False
@@ -91,7 +100,7 @@ class BatchNormKind:
 
     def has_statistics(self, module: nn.Module) -> bool:
         """Whether the module has running statistics to normalise by in Eval mode."""
-        buffers = module._buffers
+        buffers = {} if self.by_attribute else module._buffers
         for name in self.statistics:  # noqa: SIM110 - at every call of every pair: no generator
             if buffers.get(name) is None and getattr(module, name) is None:
                 return False
@@ -105,20 +114,6 @@ class BatchNormKind:
 Row = TypeVar("Row", ConvolutionKind, BatchNormKind)
 
 # --- The table ---------------------------------------------------------------------------------------------------
-
-
-class _Table(dict[type[nn.Module], Row | None]):
-    """Rows by class. What is found for a class that nobody entered is kept for as long as the class lives."""
-
-    def __init__(self, rows: Mapping[type[nn.Module], Row | None]) -> None:
-        super().__init__(rows)  # type: ignore[arg-type] # a mapping has what it asks for
-        self.found: WeakKeyDictionary[type[nn.Module], Row | None] = WeakKeyDictionary()
-
-    def __missing__(self, cls: type[nn.Module]) -> Row | None:
-        if cls not in self.found:
-            self.found[cls] = _row_by_name(cls, self) or _inherited_row(cls, self)
-        return self.found[cls]
-
 
 # Whatever a forward of torch.nn's convolutions and batch norms calls on itself: overridden on a class or patched on an
 # instance, the forward is no longer the one that this table describes.
@@ -146,34 +141,40 @@ def _own_weight(cls: type[nn.Module], module: Any) -> tuple[type[nn.Module], Ten
     return cls, module.weight
 
 
-_CONVOLUTION_CLASSES: _Table[ConvolutionKind] = _Table(
-    {
-        cls: ConvolutionKind(cls.__name__, operands, batched_rank, partial(_own_weight, cls), _methods(cls))
-        for cls, operands, batched_rank in (
-            (nn.Conv1d, conv_module("conv1d"), 3),
-            (nn.Conv2d, conv_module("conv2d"), 4),
-            (nn.Conv3d, conv_module("conv3d"), 5),
-            (nn.ConvTranspose1d, conv_transpose_module("conv_transpose1d", 1), 3),
-            (nn.ConvTranspose2d, conv_transpose_module("conv_transpose2d", 2), 4),
-            (nn.ConvTranspose3d, conv_transpose_module("conv_transpose3d", 3), 5),
-            (nn.Linear, linear_module, 2),
-        )
-        if _is_as_shipped(cls)
-    }
-)
+_PARAMETERS: Final = ("weight", "bias")
+_CONVOLUTION: Final = (*_PARAMETERS, "stride", "padding", "dilation", "groups")
+_TRANSPOSED: Final = (*_CONVOLUTION, "kernel_size", "output_padding")
+_BATCH_NORM: Final = (*_PARAMETERS, "running_mean", "running_var", "eps")
 
-_BATCH_NORM_CLASSES: _Table[BatchNormKind] = _Table(
-    {
-        cls: BatchNormKind(cls.__name__, batch_norm_module, accepted_ranks, methods=_methods(cls))
-        for cls, accepted_ranks in (
-            (nn.BatchNorm1d, (2, 3)),
-            (nn.BatchNorm2d, (4,)),
-            (nn.BatchNorm3d, (5,)),
-            (nn.SyncBatchNorm, None),
-        )
-        if _is_as_shipped(cls)
-    }
-)
+# Each row: the class, how its call is read, the rank of a batched input, and the attributes that are read.
+_CONVOLUTION_ROWS: dict[type[nn.Module], ConvolutionKind] = {
+    cls: ConvolutionKind(
+        cls.__name__, operands, batched_rank, partial(_own_weight, cls), _methods(cls), reads
+    )
+    for cls, operands, batched_rank, reads in (
+        (nn.Conv1d, conv_module("conv1d"), 3, (*_CONVOLUTION, "padding_mode")),
+        (nn.Conv2d, conv_module("conv2d"), 4, (*_CONVOLUTION, "padding_mode")),
+        (nn.Conv3d, conv_module("conv3d"), 5, (*_CONVOLUTION, "padding_mode")),
+        (nn.ConvTranspose1d, conv_transpose_module("conv_transpose1d", 1), 3, _TRANSPOSED),
+        (nn.ConvTranspose2d, conv_transpose_module("conv_transpose2d", 2), 4, _TRANSPOSED),
+        (nn.ConvTranspose3d, conv_transpose_module("conv_transpose3d", 3), 5, _TRANSPOSED),
+        (nn.Linear, linear_module, 2, _PARAMETERS),
+    )
+    if _is_as_shipped(cls)
+}
+
+_BATCH_NORM_ROWS: dict[type[nn.Module], BatchNormKind] = {
+    cls: BatchNormKind(
+        cls.__name__, batch_norm_module, accepted_ranks, methods=_methods(cls), reads=_BATCH_NORM
+    )
+    for cls, accepted_ranks in (
+        (nn.BatchNorm1d, (2, 3)),
+        (nn.BatchNorm2d, (4,)),
+        (nn.BatchNorm3d, (5,)),
+        (nn.SyncBatchNorm, None),
+    )
+    if _is_as_shipped(cls)
+}
 
 # Each row: the function, its name in reports, how its call is read, and the rank of a batched input.
 CONVOLUTION_FUNCTIONS: Final[dict[object, ConvolutionKind]] = {
@@ -259,39 +260,112 @@ def batch_norm_kind(module: nn.Module) -> BatchNormKind | None:
     return _row_of(module, _BATCH_NORM_CLASSES)
 
 
-def _row_of(module: nn.Module, table: _Table[Row]) -> Row | None:
+def _row_of(module: nn.Module, table: "_Classes[Row]") -> Row | None:
     cls = class_of(module)
-    row = table[cls]
+    row = table.row(cls)
     if row is None:
         return None
     attributes = vars(module)
+    if not attributes.keys().isdisjoint(_LOOKED_UP) and _is_patched(attributes):
+        return None
     for name, method in row.methods:  # at every call of every pair: no generator
-        if name in attributes or getattr(cls, name) is not method:
+        if getattr(cls, name) is not method:
             return None
     return row
 
 
-def _row_by_name(cls: type[nn.Module], table: _Table[Row]) -> Row | None:
-    """The row of a class of another library."""
-    name = f"{cls.__module__}.{cls.__qualname__}"
-    row: Any = None
-    if table is _CONVOLUTION_CLASSES and name in libraries.CONVOLUTIONS:
-        operands, plain = libraries.CONVOLUTIONS[name]
-        row = ConvolutionKind(cls.__name__, operands, 4, plain)
-    if table is _BATCH_NORM_CLASSES and name in libraries.BATCH_NORMS:
-        row = BatchNormKind(cls.__name__, batch_norm_module, (4,))
-        row = replace(row, **libraries.BATCH_NORMS[name])
-    return None if row is None else replace(row, methods=_methods(cls))
+# Names that a forward looks up on its module. An attribute of the instance is found before those of its class, its
+# parameters and its buffers.
+_LOOKED_UP: Final = (*_FORWARD_METHODS, "weight", "bias", "running_mean", "running_var")
 
 
-def _inherited_row(cls: type[nn.Module], table: _Table[Row]) -> Row | None:
-    """The row of the nearest base class in the table, if nothing that its forward consists of is overridden."""
-    for base in cls.__mro__[1:]:
-        row = table[base]
+def _is_patched(attributes: dict[str, Any]) -> bool:
+    """Whether something that an instance holds hides a method, a parameter or a buffer."""
+    hidden = {*_FORWARD_METHODS, *attributes["_parameters"], *attributes["_buffers"]}
+    return not hidden.isdisjoint(attributes)
+
+
+class _Classes(Generic[Row]):
+    """The rows of classes: those that were entered, and what follows for others, which is forgotten along with them.
+
+    Args:
+        rows: What is in the table from the start.
+        named: The row of a class of another library, if it is in the table by name.
+    """
+
+    def __init__(
+        self, rows: dict[type[nn.Module], Row], named: Callable[[type[nn.Module]], Row | None]
+    ) -> None:
+        self.rows: dict[type[nn.Module], Row] = rows
+        self.named: Callable[[type[nn.Module]], Row | None] = named
+        self._others: WeakKeyDictionary[type, Row | None] = WeakKeyDictionary()
+
+    def row(self, cls: type) -> Row | None:
+        """The row of a class, or None if its forward is not one that the table knows."""
+        row = self.rows.get(cls)
         if row is not None:
-            same = all(getattr(cls, name) is method for name, method in row.methods)
-            return replace(row, name=cls.__name__) if same else None
-    return None
+            return row
+        others = self._others  # what another thread enters meanwhile makes new ones
+        try:
+            return others[cls]
+        except KeyError:
+            row = self.named(cls) if issubclass(cls, nn.Module) else None
+            row = others[cls] = self._inherited(cls) if row is None else _as_read(cls, row)
+            return row
+
+    def enter(self, cls: type[nn.Module], row: Row) -> None:
+        """Adds a class, from which others may inherit."""
+        self.rows[cls] = _as_read(cls, replace(row, name=cls.__name__, methods=_methods(cls)))
+        self._others = WeakKeyDictionary()
+
+    def _inherited(self, cls: type[nn.Module]) -> Row | None:
+        """The row of the nearest base class in the table, if nothing that calling it consists of is overridden."""
+        for base in cls.__mro__[1:]:
+            row = self.row(base)
+            if row is not None:
+                same = all(getattr(cls, name) is method for name, method in row.methods)
+                same = same and _defined(cls, base).isdisjoint(_CALLING)
+                return _as_read(cls, replace(row, name=cls.__name__)) if same else None
+        return None
+
+
+# Whoever overrides one of these decides what calling a module, or reading its method, means.
+_CALLING: Final = frozenset({"__call__", "__getattribute__"})
+
+
+def _defined(cls: type, base: type) -> frozenset[str]:
+    """The names that a class defines, or any class that it inherits from and `base` does not."""
+    return frozenset(name for other in cls.__mro__ if other not in base.__mro__ for name in vars(other))
+
+
+def _as_read(cls: type[nn.Module], row: Row) -> Row:
+    """The row of a class that may have ways of its own to what `operands` reads past the class, for speed."""
+    ways = {*_PARAMETERS, "running_mean", "running_var", "__getattr__", "__getattribute__"}
+    if row.by_attribute or _defined(cls, nn.Module).isdisjoint(ways):
+        return row
+    operands = row.operands
+    if row.reads:
+        row = replace(
+            row, operands=lambda module, *args, **kwargs: operands(AsAttributes(module), *args, **kwargs)
+        )
+    return replace(row, by_attribute=True)
+
+
+def _convolution_by_name(cls: type[nn.Module]) -> ConvolutionKind | None:
+    found = libraries.CONVOLUTIONS.get(f"{cls.__module__}.{cls.__qualname__}")
+    return None if found is None else ConvolutionKind(cls.__name__, found[0], 4, found[1], _methods(cls))
+
+
+def _batch_norm_by_name(cls: type[nn.Module]) -> BatchNormKind | None:
+    fields = libraries.batch_norm_fields(cls)
+    if fields is None:
+        return None
+    row = BatchNormKind(cls.__name__, batch_norm_module, (4,), methods=_methods(cls), reads=_BATCH_NORM)
+    return replace(row, **fields)
+
+
+_CONVOLUTION_CLASSES: Final = _Classes(_CONVOLUTION_ROWS, _convolution_by_name)
+_BATCH_NORM_CLASSES: Final = _Classes(_BATCH_NORM_ROWS, _batch_norm_by_name)
 
 
 def frozen_kind(norm: nn.Module) -> BatchNormKind | None:
@@ -303,17 +377,26 @@ def frozen_kind(norm: nn.Module) -> BatchNormKind | None:
 
 def resembles_convolution(module: nn.Module) -> bool:
     """Whether a user would call the module a convolution (or linear layer), its forward known or not."""
-    return isinstance(module, (_ConvNd, nn.Linear)) or _is_listed(module, _CONVOLUTION_CLASSES)
+    return isinstance(module, (_ConvNd, nn.Linear)) or _CONVOLUTION_CLASSES.row(class_of(module)) is not None
 
 
 def resembles_batch_norm(module: nn.Module) -> bool:
     """Whether a user would call the module a batch norm, its forward known or not."""
-    return isinstance(module, _BatchNorm) or _is_listed(module, _BATCH_NORM_CLASSES)
+    return (
+        isinstance(module, _BatchNorm)
+        or _BATCH_NORM_CLASSES.row(class_of(module)) is not None
+        or multiplies_and_adds(module)
+    )
 
 
-def _is_listed(module: nn.Module, table: _Table[Row]) -> bool:
-    """Whether the class has a row, its methods replaced or not."""
-    return table[class_of(module)] is not None
+def multiplies_and_adds(module: nn.Module) -> bool:
+    """Whether a module holds what frozen batch norms hold, and does not call the function of that name with it."""
+    code = getattr(type(module).forward, "__code__", None)
+    calls_the_function = code is not None and "batch_norm" in code.co_names
+    return module._buffers.keys() >= _FROZEN_BUFFERS and not calls_the_function
+
+
+_FROZEN_BUFFERS: Final = frozenset({"weight", "bias", "running_mean", "running_var"})
 
 
 def may_hold_batch_norm(module: nn.Module) -> bool:
@@ -356,7 +439,8 @@ def register_conv(
             or reshaped as the forward does, batch first) and the [`Convolution`][convbn_fx.operands.Convolution].
 
     Raises:
-        TypeError: `cls` is no `torch.nn.Module` class, or nothing tells what its forward computes.
+        TypeError: `cls` is no `torch.nn.Module` class, or nothing tells what its forward computes, or `cls` has not
+            the attributes that `like` has.
 
     Example:
         ```python
@@ -383,7 +467,7 @@ def register_conv(
         row = ConvolutionKind(cls.__name__, operands)
     else:
         row = _row_like(cls, like, _CONVOLUTION_CLASSES, "register_conv")
-    _enter(cls, row, _CONVOLUTION_CLASSES)
+    _CONVOLUTION_CLASSES.enter(cls, row)
 
 
 def register_batch_norm(
@@ -391,6 +475,7 @@ def register_batch_norm(
     *,
     like: type[nn.Module] | None = None,
     operands: Callable[[Any], BatchNorm] | None = None,
+    always_frozen: bool | None = None,
 ) -> None:
     """Adds a batch-norm class to the table, for all later calls of the pass.
 
@@ -402,9 +487,12 @@ def register_batch_norm(
         like: A class in the table whose forward `cls` computes, from the same attributes. By default the nearest
             base class of `cls` in the table, if `cls` leaves its forward as it is.
         operands: Instead of `like`: given the module, returns its [`BatchNorm`][convbn_fx.operands.BatchNorm].
+        always_frozen: Whether `cls` normalises by running statistics in Train mode too. By default as `like` does;
+            False with `operands`.
 
     Raises:
-        TypeError: `cls` is no `torch.nn.Module` class, or nothing tells what its forward computes.
+        TypeError: `cls` is no `torch.nn.Module` class, or nothing tells what its forward computes, or `cls` has not
+            the attributes that `like` has.
 
     Example:
         ```python
@@ -425,12 +513,10 @@ def register_batch_norm(
         row = BatchNormKind(cls.__name__, operands, statistics=())
     else:
         row = _row_like(cls, like, _BATCH_NORM_CLASSES, "register_batch_norm")
-    _enter(cls, row, _BATCH_NORM_CLASSES)
-
-
-def _enter(cls: type[nn.Module], row: Row, table: _Table[Row]) -> None:
-    table.found.clear()  # some may inherit this row
-    table[cls] = replace(row, name=cls.__name__, methods=_methods(cls))
+    if always_frozen is not None:
+        # Such a class most often multiplies and adds, and what it returns is of the type that comes out of that.
+        row = replace(row, always_frozen=always_frozen, promotes=always_frozen)
+    _BATCH_NORM_CLASSES.enter(cls, row)
 
 
 def _is_module_class(cls: object) -> bool:
@@ -440,14 +526,14 @@ def _is_module_class(cls: object) -> bool:
 def _row_like(
     cls: type[nn.Module],
     like: type[nn.Module] | None,
-    table: _Table[Row],
+    table: _Classes[Row],
     function: str,
 ) -> Row:
     if not _is_module_class(cls):
         raise TypeError(f"{function}: expected a subclass of torch.nn.Module, got {cls!r}")
     candidates = cls.__mro__ if like is None else (like,)
     for candidate in candidates:
-        row = table.get(candidate)
+        row = table.row(candidate)
         if row is None:
             continue
         overridden = [name for name, method in row.methods if getattr(cls, name, None) is not method]
@@ -456,8 +542,39 @@ def _row_like(
                 f"{function}: {cls.__qualname__} has its own {', '.join(overridden)}. Pass operands=... to say what it "
                 f"computes, or like={candidate.__name__} if it computes the same"
             )
+        if missing := _missing(cls, row.reads):
+            raise TypeError(
+                f"{function}: {cls.__qualname__} has no {', '.join(missing)}, which is read from a module like "
+                f"{candidate.__name__}. Pass operands=... to say what it computes with instead"
+            )
         return row
-    known = ", ".join(known_cls.__name__ for known_cls, row in table.items() if row is not None)
+    known = ", ".join(known_cls.__name__ for known_cls in list(table.rows))
     raise TypeError(
         f"{function}: cannot tell what {cls.__qualname__} computes. Pass operands=..., or like= one of: {known}"
     )
+
+
+def _missing(cls: type[nn.Module], attributes: tuple[str, ...]) -> list[str]:
+    """Those of the attributes that its instances cannot have, as far as the class itself tells.
+
+    One whose constructors name none of them gets them in a way that cannot be read here.
+    """
+    methods = [
+        (name, value.__code__)
+        for base in cls.__mro__
+        if base not in nn.Module.__mro__
+        for name, value in vars(base).items()
+        if isinstance(value, FunctionType)
+    ]
+    named = {word for name, code in methods if name == "__init__" for word in _words(code)}
+    if named.isdisjoint(attributes):
+        return []
+    known = _defined(cls, nn.Module).union(*(_words(code) for _, code in methods))
+    return [name for name in attributes if name not in known]
+
+
+def _words(code: CodeType) -> Iterator[object]:
+    """The names and the strings in a function's code."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        yield from constant if isinstance(constant, tuple) else (constant,)

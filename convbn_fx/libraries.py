@@ -5,12 +5,13 @@ A class is looked up in these tables when a model that holds it is first seen; i
 
 import sys
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from typing import Any, Final
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from convbn_fx.operands import Convolution
+from convbn_fx.operands import BatchNorm, Convolution
 
 
 def _same_padded(module: Any, input: Tensor) -> Tensor:
@@ -86,7 +87,16 @@ def _drop_and_act(module: Any, normalised: Tensor) -> Tensor:
     return normalised
 
 
-#: Qualified name of each batch-norm class, and the fields in which its row differs from that of `nn.BatchNorm2d`.
+def _frozen_operands(module: Any) -> BatchNorm:
+    """Reads the frozen batch norms of transformers' detectors, whose eps stands in their forward."""
+    return BatchNorm(module.running_mean, module.running_var, module.weight, module.bias, _FROZEN_EPS)
+
+
+_FROZEN_EPS: Final = 1e-5
+
+
+#: Qualified name of each batch-norm class, and the fields in which its row differs from that of `nn.BatchNorm2d`. A
+#: star stands for any part of a name.
 BATCH_NORMS: Final[dict[str, dict[str, Any]]] = {
     "timm.layers.norm_act.BatchNormAct2d": {"epilogue": _drop_and_act},
     "timm.layers.norm_act.SyncBatchNormAct": {"accepted_ranks": None, "epilogue": _drop_and_act},
@@ -97,7 +107,33 @@ BATCH_NORMS: Final[dict[str, dict[str, Any]]] = {
     },
     "torchvision.ops.misc.FrozenBatchNorm2d": {"always_frozen": True, "promotes": True},
     "detectron2.layers.batch_norm.FrozenBatchNorm2d": {"always_frozen": True, "promotes": True},
+    "transformers.models.*FrozenBatchNorm2d": {
+        "operands": _frozen_operands,
+        "reads": (),
+        "always_frozen": True,
+        "promotes": True,
+    },
 }
+
+
+def batch_norm_fields(cls: type) -> dict[str, Any] | None:
+    """The fields of the row of a class that is in the table, else None."""
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    for pattern, fields in BATCH_NORMS.items():
+        if fnmatchcase(name, pattern):
+            return fields if "*" not in pattern or _has_the_frozen_forward(cls) else None
+    return None
+
+
+def _has_the_frozen_forward(cls: Any) -> bool:
+    """Whether a forward that is known by a pattern reads what `_frozen_operands` reads, and does nothing more."""
+    code = getattr(cls.forward, "__code__", None)
+    return (
+        code is not None
+        and sorted(code.co_names)
+        == sorted(("reshape", "rsqrt", "weight", "bias", "running_mean", "running_var"))
+        and [constant for constant in code.co_consts if isinstance(constant, float)] == [_FROZEN_EPS]
+    )
 
 
 def is_kept_whole(module: object) -> bool:

@@ -397,7 +397,12 @@ def _out_of_sight(graph_module: GraphModule) -> list[Skip]:
     seen |= {id(module) for name in referred for module in _owners(name, graph_module)}
     skips = []
     for name, module in graph_module.named_modules():
-        if not kinds.resembles_batch_norm(module) or module.training or id(module) in seen:
+        if not kinds.resembles_batch_norm(module) or module.training:
+            continue
+        if id(module) in seen:
+            # Tracing has walked through it.
+            if name not in called and kinds.multiplies_and_adds(module) and not kinds.batch_norm_kind(module):
+                skips.append(Skip(name, SkipReason.UNKNOWN_BATCH_NORM, type(module).__name__))
             continue
         prefixes = [name[:end] for end, letter in enumerate(name) if letter == "."]
         if any(isinstance(graph_module.get_submodule(prefix), GraphModule) for prefix in prefixes):

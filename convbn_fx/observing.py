@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 #: A module, or any callable.
@@ -95,6 +96,100 @@ def observe_both(
         if key not in expected.state:
             actual.state.pop(key, None)
     return expected, actual
+
+
+def observe_rounding(
+    reference: Model,
+    inputs: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    seed: int,
+    input_gradients: bool,
+    number: int,
+) -> Call:
+    """Observe a model whose inputs, parameters and buffers are off by at most one rounding each.
+
+    How far its gradients move tells how exactly they can be known: what is zero but for rounding moves by as much as it
+    is.
+
+    Args:
+        reference: as in `observe_both`.
+        inputs: as there.
+        kwargs: as there.
+        seed: as there.
+        input_gradients: as there.
+        number: other numbers draw other roundings.
+
+    Returns:
+        What it did.
+    """
+    generator = torch.Generator().manual_seed(number)
+    moved: dict[int, tuple[Tensor, Tensor]] = {}  # by identity: (the tensor, what stands for it)
+
+    def off(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        if id(tensor) not in moved:
+            steps = torch.randint(-1, 2, tensor.shape, generator=generator).to(tensor.device)
+            other = tensor.detach().clone()
+            moved[id(tensor)] = tensor, other.add_(other * steps * torch.finfo(tensor.dtype).eps)
+        return moved[id(tensor)][1]
+
+    put_back = _snapshot([reference], _accelerators(inputs, kwargs, reference))
+    try:
+        for kind in ("parameters", "buffers"):
+            for tensor in _named(reference, kind).values():
+                tensor.data.copy_(off(tensor))
+        inputs, kwargs = pytree.tree_map_only(Tensor, off, (inputs, dict(kwargs)))
+        return _observe(reference, inputs, kwargs, seed=seed, input_gradients=input_gradients)
+    finally:
+        put_back()
+
+
+def observe_with_contiguous_gradients(
+    reference: nn.Module,
+    inputs: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    seed: int,
+    input_gradients: bool,
+) -> Call:
+    """Observe a model whose batch norms are handed contiguous gradients.
+
+    PyTorch's own backward pass of a batch norm on the CPU is wrong for a batch of one where they are not.
+
+    Args:
+        reference: a module.
+        inputs: as in `observe_both`.
+        kwargs: as there.
+        seed: as there.
+        input_gradients: as there.
+
+    Returns:
+        What it did.
+    """
+    norms = [module for module in reference.modules() if isinstance(module, _BatchNorm)]
+    put_back = _snapshot([reference], _accelerators(inputs, kwargs, reference))
+    handles = [
+        norm.register_forward_hook(lambda module, args, output: _ContiguousGradient.apply(output))
+        for norm in norms
+    ]
+    try:
+        return _observe(reference, inputs, kwargs, seed=seed, input_gradients=input_gradients)
+    finally:
+        for handle in handles:
+            handle.remove()
+        put_back()
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, output: Tensor) -> Tensor:
+        return output.clone()
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        return gradient.contiguous()
 
 
 def _non_persistent_buffers(model: object) -> set[str]:
@@ -176,8 +271,8 @@ def _gradients(outputs: Values, sources: Mapping[str, Tensor], seed: int) -> Val
     return dict(zip(sources, gradients, strict=True))
 
 
-def _flatten(name: str, tree: object) -> Values:
-    """Every leaf of a tree by its place, after the structure of the tree; dataclasses are opened."""
+def _flatten(name: str, tree: object, around: frozenset[int] = frozenset()) -> Values:
+    """Every leaf of a tree by its place, after the structure of the tree; objects that `_parts` knows are opened."""
     leaves: Iterable[tuple[str, object]]
     try:
         keyed, structure = pytree.tree_flatten_with_path(tree)
@@ -188,13 +283,23 @@ def _flatten(name: str, tree: object) -> Values:
     values: Values = {f"structure of {name}": structure}
     for path, leaf in leaves:
         place = name + path
-        if is_dataclass(leaf) and not isinstance(leaf, type):
-            values[f"structure of {place}"] = type(leaf)
-            for part in fields(leaf):
-                values |= _flatten(f"{place}.{part.name}", getattr(leaf, part.name))
-        else:
-            values[place] = leaf
+        parts = _parts(leaf)
+        if parts is None or id(leaf) in around:
+            values[place] = leaf if parts is None else f"the {type(leaf).__name__} around it"
+            continue
+        values[f"structure of {place}"] = type(leaf)
+        for part, value in parts.items():
+            values |= _flatten(f"{place}.{part}", value, around | {id(leaf)})
     return values
+
+
+def _parts(leaf: object) -> dict[str, object] | None:
+    """What an object consists of, by attribute: dataclasses, and others that have no equality of their own (caches)."""
+    if isinstance(leaf, (type, Tensor, nn.Module)) or callable(leaf):
+        return None
+    if is_dataclass(leaf):
+        return {part.name: getattr(leaf, part.name) for part in fields(leaf)}
+    return dict(vars(leaf)) if type(leaf).__eq__ is object.__eq__ and hasattr(leaf, "__dict__") else None
 
 
 def _flatten_all(trees: Mapping[str, object]) -> Values:

@@ -3,8 +3,9 @@
 The same functions read tensors, when a module is called, and graph nodes, when a function's call is matched.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -109,6 +110,19 @@ def _weight_and_bias(module: Any) -> tuple[Any, Any]:
         return parameters["weight"], parameters["bias"]
     except KeyError:  # parametrised, for example
         return module.weight, module.bias
+
+
+class AsAttributes:
+    """A module without the short ways to its parameters and buffers: everything is read as its forward reads it."""
+
+    _parameters: Final[Mapping[str, Tensor]] = MappingProxyType({})
+    _buffers: Final[Mapping[str, Tensor]] = MappingProxyType({})
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
 
 # --- How functions are called: these signatures are those of the functions ----------------------------------------

@@ -1,5 +1,8 @@
 """Failure class e: subclasses, patched instances and classes; registration of one's own."""
 
+import gc
+import weakref
+
 import pytest
 import timm.layers
 import torch
@@ -64,7 +67,8 @@ class BranchingNorm(nn.BatchNorm2d):
 def _tables(monkeypatch):
     """What a test registers is gone afterwards."""
     for table in ("_CONVOLUTION_CLASSES", "_BATCH_NORM_CLASSES"):
-        monkeypatch.setattr(kinds, table, kinds._Table(getattr(kinds, table)))
+        known = getattr(kinds, table)
+        monkeypatch.setattr(kinds, table, kinds._Classes(dict(known.rows), known.named))
 
 
 def make(conv=nn.Conv2d, norm=nn.BatchNorm2d):
@@ -392,6 +396,229 @@ def test_a_subclass_of_a_registered_class_is_not_meant():
     assert_equivalent(model, graph_module, X)
 
 
+# --- Where a forward finds its parameters -------------------------------------------------------------------------
+
+
+class Doubled(nn.Conv2d):
+    """Its forward reads a property, which hides the parameter of that name."""
+
+    weight = property(lambda self: self._doubled())
+
+    def _doubled(self):
+        try:
+            return 2 * self._parameters["weight"]
+        except KeyError:  # torch.nn asks before it makes one
+            raise AttributeError("weight") from None
+
+    def reset_parameters(self):
+        nn.init.normal_(self._parameters["weight"])
+        nn.init.normal_(self.bias)
+
+
+class HiddenByGetattribute(nn.Conv2d):
+    def __getattribute__(self, name):
+        found = super().__getattribute__(name)
+        return 2 * found if name == "bias" and found is not None else found
+
+
+class HiddenByGetattr(nn.Conv2d):
+    def __getattr__(self, name):
+        found = super().__getattr__(name)
+        return 2 * found if name == "weight" and isinstance(found, nn.Parameter) else found
+
+
+class CalledTwice(nn.Conv2d):
+    def __call__(self, input):
+        return super().__call__(input) + 1
+
+
+class DoubledNorm(nn.BatchNorm2d):
+    """Its statistics and parameters are computed when they are read."""
+
+    def __getattr__(self, name):
+        found = super().__getattr__(name)
+        return (
+            2 * found
+            if name in ("weight", "bias", "running_mean", "running_var") and found is not None
+            else found
+        )
+
+
+class NormOfConstants(nn.BatchNorm2d):
+    """Class attributes stand behind parameters and buffers, and before `__getattr__`."""
+
+    bias = property(lambda self: self._parameters["weight"].sin())
+    running_mean = property(lambda self: self._buffers["running_var"].cos())
+
+    def __init__(self, channels):
+        super(nn.modules.batchnorm._NormBase, self).__init__()
+        self.num_features, self.eps, self.momentum, self.affine = channels, 1e-5, 0.1, True
+        self.track_running_stats = True
+        self.weight = nn.Parameter(torch.rand(channels) + 0.5)
+        self.register_buffer("running_var", torch.rand(channels) + 0.5)
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+
+class NormFrozenByProperty(nn.BatchNorm2d):
+    training = property(lambda self: False, lambda self, value: None)
+
+
+OWN_WAYS = {
+    "property": (Doubled, nn.BatchNorm2d, 1, 1),
+    "__getattr__": (HiddenByGetattr, nn.BatchNorm2d, 1, 1),
+    "__getattribute__": (HiddenByGetattribute, nn.BatchNorm2d, 1, 0),
+    "__call__": (CalledTwice, nn.BatchNorm2d, 0, 0),
+    "norm's __getattr__": (nn.Conv2d, DoubledNorm, 1, 1),
+    "norm's class attributes": (nn.Conv2d, NormOfConstants, 1, 1),
+    "norm's mode": (nn.Conv2d, NormFrozenByProperty, 1, 1),
+}
+
+
+@pytest.mark.parametrize("way", OWN_WAYS)
+@pytest.mark.parametrize("how", ["transform", "tune", "deploy"])
+def test_operands_are_what_the_forward_reads(way, how):
+    conv, norm, pairs, baked = OWN_WAYS[way]
+    if (way, how) == ("__call__", "transform"):
+        pytest.skip("torch.fx calls a leaf by its forward")
+    model = make(conv, norm)
+    if how == "deploy":
+        deployed = convbn_fx.deploy(model)
+        assert len(convbn_fx.report(deployed).fused) == baked
+        torch.testing.assert_close(deployed(X), model(X), rtol=1e-9, atol=1e-9)
+        return
+    candidate = convbn_fx.tune(model) if how == "tune" else transform(symbolic_trace(model))
+    assert len(convbn_fx.report(candidate).fused) == pairs
+    assert_equivalent(model, candidate, X)
+
+
+def test_an_attribute_of_the_instance_hides_its_parameter():
+    model = make()
+    vars(model.conv)["weight"] = 2 * model.conv.weight.detach()
+    tuned = convbn_fx.tune(model)
+    assert_equivalent(model, tuned, X)
+    assert kinds.convolution_kind(model.conv) is None
+
+
+def test_a_registered_class_with_a_property():
+    class Mine(DoubledNorm):
+        def forward(self, input):
+            return super().forward(input) if input.sum() < 1e9 else None
+
+    convbn_fx.register_batch_norm(Mine, like=nn.BatchNorm2d)
+    model = make(norm=Mine)
+    assert_equivalent(model, fused(model), X)
+
+
+# --- Frozen batch norms of one's own ------------------------------------------------------------------------------
+
+
+class Frozen(nn.Module):
+    """What many a detector's code holds; its eps stands in its forward."""
+
+    def __init__(self, channels):
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(channels) + 0.5)
+
+    def forward(self, x):
+        scale = self.weight * (self.running_var + 1e-3).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale[:, None, None] + shift[:, None, None]
+
+
+def frozen_operands(module):
+    return BatchNorm(module.running_mean, module.running_var, module.weight, module.bias, 1e-3)
+
+
+@pytest.mark.parametrize("how", [convbn_fx.tune, convbn_fx.deploy, lambda m: transform(symbolic_trace(m))])
+def test_a_frozen_batch_norm_of_ones_own_is_listed(how):
+    model = make(norm=Frozen)
+    treated = how(model)
+    assert reasons(treated) == {"norm": "UNKNOWN_BATCH_NORM"}
+    torch.testing.assert_close(treated(X), model(X))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_registered_class_that_is_always_frozen(training):
+    convbn_fx.register_batch_norm(Frozen, operands=frozen_operands, always_frozen=True)
+    model = make(norm=Frozen).train(training)
+    assert_equivalent(model, fused(model), X)
+    tuned = convbn_fx.tune(model)
+    assert len(convbn_fx.report(tuned).fused) == 1
+    assert_equivalent(model, tuned, X)
+    model.conv.bfloat16()  # then its output is of the type of its buffers
+    x = X.bfloat16()
+    assert tuned(x).dtype == model(x).dtype == torch.float64
+
+
+def test_a_class_without_an_attribute_is_refused_when_it_is_registered():
+    with pytest.raises(TypeError, match=r"register_batch_norm: Frozen has no eps, .*Pass operands=\.\.\."):
+        convbn_fx.register_batch_norm(Frozen, like=torchvision.ops.FrozenBatchNorm2d)
+
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.rand(4, 3, 1, 1)), None
+
+    with pytest.raises(
+        TypeError, match=r"register_conv: .*Flat has no stride, padding, dilation, groups, .*operands="
+    ):
+        convbn_fx.register_conv(Flat, like=nn.Conv2d)
+
+
+def test_a_class_of_a_library_that_no_model_was_seen_with():
+    class Mine(torchvision.ops.FrozenBatchNorm2d):
+        def forward(self, x):
+            return super().forward(x)
+
+    convbn_fx.register_batch_norm(Mine, like=torchvision.ops.FrozenBatchNorm2d)
+    model = make(norm=Mine).train()
+    assert_equivalent(model, fused(model), X)
+
+
+# --- The table itself ---------------------------------------------------------------------------------------------
+
+
+def test_classes_that_were_looked_up_are_not_kept():
+    def looked_up():
+        class Mine(nn.Conv2d):
+            pass
+
+        class Other(nn.Module):
+            def forward(self, x):
+                return super().forward(x)
+
+        assert kinds.convolution_kind(Mine(3, 4, 3)) is not None
+        assert kinds.batch_norm_kind(Other()) is None
+        return weakref.ref(Mine), weakref.ref(Other)
+
+    references = looked_up()
+    gc.collect()
+    assert [reference() for reference in references] == [None, None]
+
+
+def test_a_class_is_looked_up_while_another_is_registered():
+    """Of what was found out before, nothing may hide what was registered meanwhile."""
+    table = kinds._Classes({}, lambda cls: None)
+    row = kinds.ConvolutionKind("", lambda module: None)
+
+    class Base(nn.Module):
+        def forward(self, x):
+            return x
+
+    class Other(Base):
+        pass
+
+    def registers_meanwhile(cls):
+        if cls is Other:
+            table.named = lambda cls: None
+            table.enter(Base, row)
+
+    table.named = registers_meanwhile
+    table.row(Other)
+    assert table.row(Other) is not None
+
+
 def test_a_registered_class_that_is_patched_later():
     convbn_fx.register_conv(PlainConv)
     model = make(PlainConv)
@@ -425,10 +652,10 @@ def test_a_class_with_a_forward_of_its_own_is_not_taken_for_its_base_class(regis
     ],
 )
 def test_registration_errors(register, cls, options, message):
-    before = dict(kinds._CONVOLUTION_CLASSES), dict(kinds._BATCH_NORM_CLASSES)
+    before = dict(kinds._CONVOLUTION_CLASSES.rows), dict(kinds._BATCH_NORM_CLASSES.rows)
     with pytest.raises(TypeError, match=f"{register.__name__}: {message}"):
         register(cls, **options)
-    assert (kinds._CONVOLUTION_CLASSES, kinds._BATCH_NORM_CLASSES) == before
+    assert (kinds._CONVOLUTION_CLASSES.rows, kinds._BATCH_NORM_CLASSES.rows) == before
 
 
 @pytest.mark.parametrize("trace", [symbolic_trace, torch.fx.symbolic_trace], ids=["convbn_fx", "torch.fx"])

@@ -518,3 +518,114 @@ def test_constants_of_a_traced_candidate_are_its_own_business():
     assert_equivalent(Adds(), AddsTraced(persistent=False), x)
     with pytest.raises(AssertionError, match="buffer constant after the call: the reference has none"):
         assert_equivalent(Adds(), AddsTraced(persistent=True), x)
+
+
+class Attention(nn.Module):
+    """Its key bias moves all scores of a query alike, which a softmax does not see: the gradient is rounding alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.queries, self.keys, self.values = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        scores = self.queries(x) @ self.keys(x).transpose(-1, -2)
+        return scores.softmax(-1) @ self.values(x)
+
+
+class Recomputed(nn.Module):
+    """The same function of the same parameters, its sums taken in another order."""
+
+    def __init__(self, model, factor=1.0):
+        super().__init__()
+        self.queries, self.keys, self.values, self.factor = model.queries, model.keys, model.values, factor
+
+    def forward(self, x):
+        keys = (x @ (3 * self.keys.weight.T) + 3 * self.keys.bias) / 3 + (
+            self.factor - 1
+        ) * self.keys.bias.sin().detach()
+        scores = (keys @ self.queries(x).transpose(-1, -2)).transpose(-1, -2)
+        weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
+        return weights @ self.values(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_gradient_that_is_zero_but_for_rounding(dtype):
+    torch.manual_seed(0)
+    for _ in range(5):
+        model = Attention().to(dtype)
+        model.values.weight.data.mul_(1e-3)  # so that no other gradient of its module lends it a scale
+        assert_equivalent(model, Recomputed(model), torch.randn(2, 5, 8, dtype=dtype))
+
+
+def test_a_gradient_that_should_be_zero_and_is_not_is_found():
+    class Wrong(Recomputed):
+        def forward(self, x):
+            return super().forward(x) + 1e-7 * (self.keys.bias.sum() - self.keys.bias.sum().detach())
+
+    torch.manual_seed(0)
+    model = Attention().double()
+    with pytest.raises(AssertionError, match=r"gradient of keys.bias differs: .*per_module=True"):
+        assert_equivalent(model, Wrong(model), torch.randn(2, 5, 8, dtype=torch.float64))
+
+
+class Cache:
+    """What language models return beside their outputs: an object that equals itself alone."""
+
+    def __init__(self, keys, length):
+        self.layers = [{"keys": keys}]
+        self.length = length
+        self.owner = self
+
+
+class WithCache(nn.Module):
+    def __init__(self, model, length=3, scale=1.0):
+        super().__init__()
+        self.model, self.length, self.scale = model, length, scale
+
+    def forward(self, x):
+        y = self.model(x)
+        return y, Cache(self.scale * y.exp(), self.length)
+
+
+def test_objects_without_equality_are_compared_by_attribute():
+    model = nn.Linear(4, 4).double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    assert_equivalent(WithCache(model), WithCache(model), x)
+    with pytest.raises(AssertionError, match=r"output\[1\]\.length differs: reference 3, candidate 4"):
+        assert_equivalent(WithCache(model), WithCache(model, 4), x)
+    with pytest.raises(AssertionError, match=r"output\[1\]\.layers\[0\]\['keys'\] differs"):
+        assert_equivalent(WithCache(model), WithCache(model, scale=2.0), x)
+
+
+class Tokens(nn.Module):
+    """The gradient of what it returns has the layout channels_last when it reaches the batch norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(self.conv(x)).flatten(2).transpose(1, 2)
+
+
+class TokensRight(Tokens):
+    """The same without PyTorch's batch norm."""
+
+    def forward(self, x):
+        norm = self.norm
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        shift = norm.bias - norm.running_mean * scale
+        return (self.conv(x) * scale[:, None, None] + shift[:, None, None]).flatten(2).transpose(1, 2)
+
+
+def test_a_fault_of_pytorch_is_told_from_one_of_the_candidate():
+    model, right = randomize_batchnorms(Tokens().double().eval()), TokensRight().double().eval()
+    right.load_state_dict(model.state_dict())
+    assert_equivalent(model, right, torch.randn(2, 3, 4, 5, dtype=torch.float64))
+    one = torch.randn(1, 3, 4, 5, dtype=torch.float64)
+    with pytest.raises(AssertionError, match="The reference is wrong, and the candidate is not"):
+        assert_equivalent(model, right, one)
+    right.norm.eps = 0.1
+    with pytest.raises(AssertionError, match=r"^(?!.*The reference is wrong)"):
+        assert_equivalent(model, right, one)
+    assert not model.norm._forward_hooks
