@@ -4,16 +4,17 @@ What is found decides only which convolutions may do the work of a batch norm, a
 always the forward itself (see [`deferral`][convbn_fx.deferral]).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from convbn_fx import kinds
+from convbn_fx.exact_classes import Question, questions_in
 from convbn_fx.exploration import Ends, Way, explore, kept_by_someone
 from convbn_fx.function_calls import Site
 from convbn_fx.graph_module import GraphModule
@@ -90,6 +91,7 @@ def discover(model: nn.Module, include_training: bool = False) -> Discovery:
     decided: dict[int | str, Skip] = {}  # those that no other way through a forward outvotes
     explored: list[Explored] = []
     lost: dict[int, str] = {}  # modules that may be called where no exploration led
+    questions = questions_in(model)
     ends = Ends(set(), set())
     with left_as_found(model):
         # Children first: how their forwards begin and end decides whether their parent looks inside them.
@@ -97,6 +99,7 @@ def discover(model: nn.Module, include_training: bool = False) -> Discovery:
             explored.append(Explored(name, module, explore(module, ends), []))
             for way in explored[-1].ways:
                 ends.learn(way)
+                way.broke_off = way.broke_off or _misled(way, questions)
                 matches, refusals = find_pairs_in(way.graph, module, include_training)
                 judged = [(match, _refusal(match, way)) for match in matches]
                 taken = [match for match, refusal in judged if refusal is None]
@@ -114,6 +117,7 @@ def discover(model: nn.Module, include_training: bool = False) -> Discovery:
             for part, told in _lost(explored[-1].ways, module):
                 lost.setdefault(id(part), f"{name or 'the model'}: {told}")
     _leave_out(pairs, decided, skips, model)
+    _leave_out(pairs, _asked_for(model, pairs.values(), questions), skips, model)
     fused = {identity(model, pair.record.batch_norm) for pair in pairs.values()}
     by_module = {identity(model, name): skip for name, skip in skips.items()}
     left = [skip for module, skip in by_module.items() if module not in fused]
@@ -140,6 +144,33 @@ def _leave_out(
         if decision is not None:
             del pairs[key]
             skips[name] = replace(decision, batch_norm=name)
+
+
+def _asked_for(
+    model: nn.Module, pairs: Iterable[OwnedPair], questions: list[tuple[nn.Module, Question]]
+) -> dict[int | str, Skip]:
+    """The batch norms of pairs, of whose modules code around them asks whether they are exactly of a class."""
+    found = {}
+    for asking, question in questions:
+        parts = {id(part) for part in asking.modules()}
+        for pair in pairs:
+            names = (pair.record.batch_norm, pair.record.convolution, pair.owner)
+            members = [model.get_submodule(name) for name in names if identity(model, name) != name]
+            changed = {kinds.class_of(member) for member in members if id(member) in parts}
+            if changed and question.is_answered_otherwise(changed | {Tensor}):
+                found[identity(model, names[0])] = Skip("", SkipReason.CLASS_ASKED_FOR, question.told)
+    return found
+
+
+def _misled(way: Way, questions: list[tuple[nn.Module, Question]]) -> str:
+    """What the forward asked that an exploration cannot see, and may have answered otherwise than a call would."""
+    followed = [way.root, *map(way.root.get_submodule, way.opened)] if questions else []
+    told = [
+        question.told
+        for asking, question in questions
+        if asking in followed and question.is_answered_otherwise({Tensor})
+    ]
+    return told[0] if told else ""
 
 
 def _lost(ways: list[Way], root: nn.Module) -> Iterator[tuple[nn.Module, str]]:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
 from itertools import product
-from types import FrameType, FunctionType, TracebackType
+from types import CodeType, FrameType, FunctionType, TracebackType
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from convbn_fx import kinds
+from convbn_fx.exact_classes import functions_in
 from convbn_fx.function_calls import Site, site_of_caller
 from convbn_fx.tracing import Proxy, Tracer, attributes_as_found
 
@@ -184,7 +185,7 @@ def _module_of_elsewhere(*_: Any, **__: Any) -> None:
 class _Explorer(Tracer):
     """Records one way through a forward."""
 
-    def __init__(self, opened: frozenset[str], variant: "_Variant") -> None:
+    def __init__(self, opened: frozenset[str], variant: "_Variant", names: dict[CodeType, str]) -> None:
         super().__init__(opened)
         self.given = variant.given
         self.length = variant.length
@@ -192,6 +193,7 @@ class _Explorer(Tracer):
         self.decisions = list(variant.decisions)
         self.taken = 0
         self.has_guessed_a_number = False
+        self.names = names
         self.frames: dict[FrameType, int] = {}
         self.methods: dict[Node, set[tuple[int, str]]] = {}
         self.sites: dict[Node, Site | None] = {}
@@ -329,9 +331,9 @@ class _Explorer(Tracer):
         """The calls of the root's methods that are under way, each with a number of its own, and their names."""
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
-            code = frame.f_code
-            if code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is self.root:
-                yield self.frames.setdefault(frame, len(self.frames)), code.co_name
+            name = self.names.get(frame.f_code)
+            if name and frame.f_locals.get(frame.f_code.co_varnames[0]) is self.root:
+                yield self.frames.setdefault(frame, len(self.frames)), name
             frame = frame.f_back
 
 
@@ -408,11 +410,12 @@ def _ways(root: nn.Module, opened: frozenset[str]) -> list[Way]:
     variants = product(
         (False, True) if _reads_its_mode(root) else (root.training,), sorted(given_together, key=len)
     )
+    names = _names_of_methods(type(root))
     pending = [_Variant(*variant) for variant in variants]
     ways: list[Way] = []
     while pending and len(ways) < _WAYS:
         variant = pending.pop(0)
-        explorer = _Explorer(opened, variant)
+        explorer = _Explorer(opened, variant, names)
         with attributes_as_found((root, *map(root.get_submodule, opened))), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             root.training = variant.training
@@ -444,6 +447,19 @@ def _nothing_ages() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def _names_of_methods(cls: type[nn.Module]) -> dict[CodeType, str]:
+    """The names of a class's methods by their code, and by that of what they decorate."""
+    return {
+        function.__code__: name
+        for base in cls.__mro__
+        if base is not nn.Module
+        for name, value in vars(base).items()
+        if isinstance(value, FunctionType)
+        for function in functions_in(value)
+        if function.__code__.co_argcount
+    }
 
 
 def _reads_its_mode(module: nn.Module) -> bool:

@@ -102,6 +102,10 @@ class SkipReason(StrEnum):
         "the batch norm is outside of the modules that were to be tuned",
         "name a module around it in tune(model, modules=[...])",
     )
+    CLASS_ASKED_FOR = (
+        "the model's code asks for the exact class of a module or tensor, and fusing makes it a subclass",
+        "ask isinstance(...) there",
+    )
     NOT_FOLLOWED = (
         "a forward that may call the batch norm could not be followed to its end",
         "keep what the detail names out of the forward that runs the pair: in a module of its own, say",

@@ -248,3 +248,46 @@ def test_a_class_that_derives_from_no_convolution():
     assert_equivalent(model, tuned, x)
     assert saved_bytes(tuned, x) < saved_bytes(model, x)
     torch.testing.assert_close(deploy(model)(x), model(x))
+
+
+class NamedAsWeAre(Net):
+    """Its methods have names that functions of this library have, too, whose first argument is the module."""
+
+    def explore(self, root=None):
+        return root
+
+    discover = follow = trace = way = explore
+
+    def forward(self, x):
+        return self.norm2(self.conv2(self.norm(self.conv(self.explore(x)))))
+
+
+def logged(method):
+    def wrapper(self, x):
+        return method(self, x)
+
+    return wrapper
+
+
+class Decorated(Net):
+    @logged
+    def features(self, x):
+        return self.norm(self.conv(x))
+
+    def forward(self, x):
+        return self.norm2(self.conv2(self.features(x)))
+
+
+def test_only_methods_that_run_a_pair_are_wrapped():
+    model = prepared(NamedAsWeAre(None))
+    tuned = tuned_with(model, 2)
+    assert all(getattr(type(tuned), name) is NamedAsWeAre.explore for name in ("explore", "follow", "trace"))
+    assert_equivalent(model, tuned, X)
+
+
+def test_a_decorated_method_that_runs_a_pair():
+    model = prepared(Decorated(None))
+    tuned = tuned_with(model, 2)
+    assert_equivalent(model, tuned, X)
+    assert "features" in vars(type(tuned))
+    torch.testing.assert_close(tuned.features(X), model.features(X))

@@ -195,6 +195,10 @@ CASES_OF_MODELS = {
         lambda: deploy(Functional(lambda m, x: m.normalize(F.conv2d(x, m.weight)), (4, 3, 3, 3), 4).eval()),
     ),
     "hooks baked": ("HAS_HOOKS", lambda: deploy(with_hook_on_conv(Pair().eval()))),
+    "a class asked for": (
+        "CLASS_ASKED_FOR",
+        lambda: tune(Pair(forward=lambda m, x: m.norm(m.conv(x)) * (type(m.conv) is nn.Conv2d)).eval()),
+    ),
     "a forward that breaks off": (
         "NOT_FOLLOWED",
         lambda: tune(Pair(forward=lambda m, x: m.norm(m.conv(x) * {5: 1}[x.shape[-1]])).eval()),
