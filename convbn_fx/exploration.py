@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
+from functools import lru_cache
 from itertools import product
 from types import CodeType, FrameType, FunctionType, TracebackType
 from typing import Any, Final, NamedTuple
@@ -75,11 +76,15 @@ class _Guess(Proxy):
 
     @property  # type: ignore[misc] # which is how an object passes for one of another class
     def __class__(self) -> Any:
-        """Its class to those who look after it; to a forward, that of what it stands for."""
+        """The class of what it stands for, to code that asks by `isinstance` or reads the attribute; else its own.
+
+        PyTorch's C++ asks, too, and would take whatever says that it is a tensor for the memory of one.
+        """
         asking = sys._getframe(1)
-        if _is_ours_or_torchs(asking):
+        question = _questions_of_class(asking.f_code).get(asking.f_lasti)
+        if question is None or _is_ours_or_torchs(asking):
             return type(self)
-        if _instruction(asking)[0].startswith("LOAD"):  # not isinstance, but the attribute itself
+        if question == "__class__":
             self.tracer.asked_for.add(self.node)
         return self.tracer.class_of(self.node) or type(self)
 
@@ -154,6 +159,24 @@ def _instruction(frame: FrameType, offset: int | None = None) -> tuple[str, int]
     """What a frame is doing, or was at an offset: the operation of its bytecode, and the argument."""
     code, offset = frame.f_code.co_code, frame.f_lasti if offset is None else offset
     return dis.opname[code[offset]], code[offset + 1]
+
+
+@lru_cache(maxsize=256)
+def _questions_of_class(code: CodeType) -> dict[int, str]:
+    """Where code asks for a class: the offset of each instruction that does, and whether by `isinstance`."""
+    instructions = [
+        (instruction, (instruction.positions.lineno, instruction.positions.col_offset))
+        for instruction in dis.get_instructions(code)
+        if instruction.positions is not None and instruction.positions.col_offset is not None
+    ]
+    begins = {place for instruction, place in instructions if instruction.argval == "isinstance"}
+    found = {}
+    for instruction, place in instructions:
+        if instruction.opname == "LOAD_ATTR" and instruction.argval == "__class__":
+            found[instruction.offset] = "__class__"
+        elif instruction.opname in ("CALL", "PRECALL") and place in begins:
+            found[instruction.offset] = "isinstance"
+    return found
 
 
 def _tracebacks(error: Exception) -> Iterator[TracebackType]:
