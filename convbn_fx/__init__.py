@@ -5,7 +5,7 @@ A `torch.fx` pass for models whose batch norms are in Eval mode (frozen statisti
 """
 
 from convbn_fx import functional, kinds, memory, operands, testing
-from convbn_fx.api import deploy, report, transform, tune
+from convbn_fx.api import deploy, report, transform, tune, untune
 from convbn_fx.kinds import register_batch_norm, register_conv
 from convbn_fx.modes import batchnorm_mode
 from convbn_fx.records import Pair, Report, Skip, SkipReason
@@ -30,5 +30,6 @@ __all__ = [
     "testing",
     "transform",
     "tune",
+    "untune",
 ]
 __version__ = "0.1.0"

@@ -8,16 +8,16 @@ import torch
 from torch import nn
 
 from convbn_fx.baking import Baked, bake, bake_graph, skipped
-from convbn_fx.cloning import Model, clone
+from convbn_fx.cloning import Model, clone, untuned_class
 from convbn_fx.compiled_reports import compiled_report
 from convbn_fx.discovery import Discovery, Explored, OwnedPair, discover
-from convbn_fx.graph_module import GraphModule
+from convbn_fx.graph_module import GraphModule, make_plain
 from convbn_fx.linking import file_report, keep_in_eval_mode, link
 from convbn_fx.matching import find_pairs
 from convbn_fx.modes import batch_norms, selected
 from convbn_fx.records import Refusal, Report, Skip, SkipReason, without_wrappers
-from convbn_fx.rewriting import copied, rewrite
-from convbn_fx.roles import REPORT
+from convbn_fx.rewriting import copied, rewrite, unfuse
+from convbn_fx.roles import REPORT, STAYS_IN_EVAL_MODE
 from convbn_fx.tracing import left_as_found
 from convbn_fx.uses import doubts, goes_another_way
 
@@ -144,6 +144,51 @@ def tune(
         if isinstance(module, GraphModule) and _is_inside(name, names):
             _fuse(module, include_training)
     return _linked(tuned, names, discover(tuned, include_training))
+
+
+def untune(model: Model) -> Model:
+    """The way back from `tune` and `transform`: a plain model of the original classes, with the same tensors.
+
+    For tools that look for exact classes, such as `torch.jit.script`, `torch.ao.quantization.fuse_modules`,
+    `prepare_qat`, a quantisable model's own `fuse_model()`, or `torch.fx.experimental.optimization.fuse`; and for
+    `torch.optim.swa_utils.update_bn` where `norm_eval=True` keeps the batch norms in Eval mode.
+
+    Args:
+        model: What [`tune`][convbn_fx.tune] or [`transform`][convbn_fx.transform] returned, or a model that holds such.
+            It is left untouched. Of others, a copy is made. What [`deploy`][convbn_fx.deploy] has folded stays folded.
+
+    Returns:
+        A copy whose parameters, buffers, modes, hooks and attributes are those of `model`, and nothing of this library:
+        `train()` takes batch norms along that `norm_eval=True` kept in Eval mode, and pairs of graphs are two calls
+        again.
+
+    Raises:
+        TypeError: `model` is not a module, or FSDP has sharded it.
+
+    Example:
+        ```python
+        import torch
+        import convbn_fx
+
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()).eval()
+        tuned = convbn_fx.tune(model)
+        plain = convbn_fx.untune(tuned)
+        assert type(plain[0]) is torch.nn.Conv2d and plain[0].weight is tuned[0].weight
+        fused = torch.ao.quantization.fuse_modules(plain, [["0", "1", "2"]])
+        assert type(fused[1]) is torch.nn.Identity
+        ```
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"untune: expected a torch.nn.Module, got {type(model).__name__}")
+    plain = clone(model)
+    for module in plain.modules():
+        if vars(module).pop(STAYS_IN_EVAL_MODE, False):
+            module.__class__ = untuned_class(module)
+        if isinstance(module, GraphModule):
+            unfuse(module)
+            module.meta.pop(META_KEY, None)
+            make_plain(module)
+    return plain
 
 
 def _linked(model: Model, names: Iterable[str], found: Discovery) -> Model:

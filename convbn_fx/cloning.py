@@ -31,7 +31,16 @@ from torch import nn
 from convbn_fx import kinds
 from convbn_fx.graph_module import OF_ONE_GRAPH, GraphModule, instance_like
 from convbn_fx.rewriting import copied
-from convbn_fx.roles import FUNCTION_CALLS, PAIRING, REPORT, SCOPE, STAYS_IN_EVAL_MODE, become, remade
+from convbn_fx.roles import (
+    FUNCTION_CALLS,
+    PAIRING,
+    REPORT,
+    SCOPE,
+    STAYS_IN_EVAL_MODE,
+    ScopeHooks,
+    become,
+    remade,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -60,6 +69,9 @@ def clone(model: Model) -> Model:
     for module in memo.modules:
         if memo[id(module)] is not module:
             _fill(memo[id(module)], module, memo)
+    for module in memo.modules:
+        if STAYS_IN_EVAL_MODE in vars(module):
+            become(memo[id(module)], "batch_norm")
     return memo[id(model)]  # type: ignore[no-any-return]
 
 
@@ -70,11 +82,12 @@ def _blank(module: nn.Module) -> nn.Module:
         # One whose train() is its own may put another graph in place (torchvision's do).
         is_its_graph = type(module).train is nn.Module.train and "forward" not in vars(module)
         return copied(module) if is_its_graph else instance_like(module)
-    instance: nn.Module = object.__new__(_untuned(module))
+    instance: nn.Module = object.__new__(untuned_class(module))
     return instance
 
 
-def _untuned(module: nn.Module) -> type[nn.Module]:
+def untuned_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module had before it was tuned."""
     cls = type(module)
     # PyTorch takes properties off this class when it unparametrises.
     if nn.utils.parametrize.is_parametrized(module):
@@ -106,8 +119,10 @@ def _fill(blank: nn.Module, module: nn.Module, memo: "_Memo") -> None:
         vars(blank)["_modules"] = copy.deepcopy(vars(blank)["_modules"], memo)
     if isinstance(blank, torch.fx.GraphModule) and not isinstance(blank, GraphModule):
         blank.graph = blank._graph  # writes its forward
-    if STAYS_IN_EVAL_MODE in vars(blank):
-        become(blank, "batch_norm")
+    if isinstance(blank, torch.fx.GraphModule):
+        for name in _OF_TUNED_MODULES:
+            vars(blank).pop(name, None)
+        ScopeHooks.removed_from(blank)
 
 
 # --- What is copied -----------------------------------------------------------------------------------------------

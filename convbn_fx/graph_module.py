@@ -101,6 +101,14 @@ def instance_like(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
     return instance
 
 
+def make_plain(module: GraphModule) -> None:
+    """Makes a GraphModule one of `torch.fx` alone; all that it holds, it keeps."""
+    type(module).__bases__ = (torch.fx.GraphModule,)  # the class of this very instance
+    for holder in (module, module.graph):
+        if getattr(holder._tracer_cls, "__module__", "").startswith(f"{__package__}."):
+            holder._tracer_cls = None
+
+
 class _CodeTracer(torch.fx.Tracer):
     """Traces generated code again, in which a fused call may read nothing but buffers."""
 

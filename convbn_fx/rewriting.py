@@ -6,12 +6,14 @@ convolution, or of the batch norm where its operands are computed in between. Mo
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-from torch.fx import Graph, Node
+from torch.fx import Graph, Node, Proxy
 from torch.fx.node import map_arg
+from torch.fx.proxy import GraphAppendingTracer
 
+from convbn_fx.arithmetic import batch_norm, convolution
 from convbn_fx.functional import conv_batch_norm
 from convbn_fx.graph_module import GraphModule
 from convbn_fx.operands import BatchNorm
@@ -93,3 +95,38 @@ def _fuse(graph: Graph, match: Match, replaced: dict[Node, Node]) -> Node:
     for node in (*match.batch_norm_node.users, match.batch_norm_node, match.convolution_node):
         graph.erase_node(node)
     return fused
+
+
+def unfuse(graph_module: GraphModule) -> None:
+    """The way back: calls the convolution and the batch norm of each pair after one another, in place.
+
+    Args:
+        graph_module: A rewritten graph. Modules, parameters and buffers are not touched.
+    """
+    graph = graph_module.graph
+    for node in graph.find_nodes(op="call_function", target=conv_batch_norm):
+        conv, norm, *args = node.args
+        with graph.inserting_before(node):
+            output = _called(graph, convolution, conv, tuple(args), node.kwargs)
+            normalised = _called(graph, batch_norm, norm, (output,), {})
+        normalised.meta = {key: value for key, value in node.meta.items() if key != BATCH_NORM}
+        node.replace_all_uses_with(normalised)
+        graph.erase_node(node)
+        for module in (conv, norm):
+            if isinstance(module, Node) and not module.users:
+                graph.erase_node(module)
+    graph.lint()
+    graph_module.recompile()
+
+
+def _called(
+    graph: Graph, function: Callable[..., Any], operands: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Node:
+    """A call of a convolution or a batch norm: of the module, or of the function that takes the operands."""
+    if isinstance(operands, Node) and operands.op == "get_attr":
+        return graph.call_module(str(operands.target), args, kwargs)
+    if isinstance(operands, Node):  # traced again, as unpickling does, making operands is a call
+        operands = operands.target(*operands.args, **operands.kwargs)  # type: ignore[operator]
+    tracer = GraphAppendingTracer(graph)
+    proxies: Any = map_arg((operands, args), lambda node: Proxy(node, tracer))  # type: ignore[arg-type, return-value]
+    return function(proxies[0], *proxies[1]).node  # type: ignore[no-any-return]

@@ -89,6 +89,27 @@ def _train(cls: type[nn.Module], name: str) -> Callable[..., Any]:
     return train
 
 
+def _reset_running_stats(cls: type[nn.Module], name: str) -> Callable[..., Any]:
+    @functools.wraps(getattr(cls, name))
+    def reset_running_stats(self: Any) -> Any:
+        if STAYS_IN_EVAL_MODE in vars(self):
+            raise RuntimeError(
+                "reset_running_stats: norm_eval=True keeps this batch norm in Eval mode, and no data would fill its "
+                "statistics again. Update those of convbn_fx.untune(model), which has the same tensors: "
+                "torch.optim.swa_utils.update_bn(loader, convbn_fx.untune(model))"
+            )
+        return getattr(cls, name)(self)
+
+    return reset_running_stats
+
+
+def _refuse_scripting(self: nn.Module) -> nn.Module:
+    raise TypeError(
+        f"torch.jit.script: {type(self).__name__} is part of a model that convbn_fx.tune returned, and no forward of "
+        "it is TorchScript. Script convbn_fx.untune(model), which has the same tensors, or convbn_fx.deploy(model)"
+    )
+
+
 #: Each makes of a class's method what takes its place; the method is looked up at each call, since classes are patched.
 _REPLACEMENTS: Final[dict[str, Callable[[type[nn.Module], str], Callable[..., Any]]]] = {
     "convolution": _convolution_forward,
@@ -147,7 +168,9 @@ def _tuned_class(cls: type[nn.Module], role: str, methods: frozenset[str]) -> ty
     if known is not None:
         return known
     body: dict[str, Any] = {name: _REPLACEMENTS[role](cls, name) for name in methods}
-    body["train"] = _train(cls, "train")
+    body |= {"train": _train(cls, "train"), "__prepare_scriptable__": _refuse_scripting}
+    if role == "batch_norm" and hasattr(cls, "reset_running_stats"):
+        body["reset_running_stats"] = _reset_running_stats(cls, "reset_running_stats")
 
     def reduce(self: Any, protocol: Any) -> Any:
         function, args, *state = super(tuned, self).__reduce_ex__(max(protocol, 2))
@@ -201,3 +224,12 @@ class ScopeHooks:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles and copies with no call under way."""
         return ScopeHooks, (self.scope,)
+
+    @staticmethod
+    def removed_from(module: nn.Module) -> None:
+        """Takes such hooks off a module."""
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "__self__", None), ScopeHooks):
+                    del hooks[key]
+                    module._forward_hooks_always_called.pop(key, None)
