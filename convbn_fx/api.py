@@ -1,6 +1,7 @@
 """The pipeline, phase by phase: what users call."""
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Final
 
@@ -65,9 +66,30 @@ def transform(graph_module: torch.fx.GraphModule, *, include_training: bool = Fa
             "transform: this GraphModule has a forward of its own as an instance attribute, which is not its graph's. "
             "Remove it, or trace a module that calls it."
         )
+    result = rewritten(graph_module, include_training)
+    _warn_of_train_mode(
+        "transform",
+        result,
+        [""],
+        "call eval() on the model before it is traced, or pass include_training=True (pairs fuse once their batch "
+        "norms are in Eval mode)",
+    )
+    return result
+
+
+def rewritten(graph_module: torch.fx.GraphModule, include_training: bool = False) -> GraphModule:
+    """What `transform` returns, without its checks and its warning: Dynamo traces a model in whatever mode it is.
+
+    Args:
+        graph_module: Any GraphModule. It is left untouched.
+        include_training: As there.
+
+    Returns:
+        A new GraphModule.
+    """
     result = copied(graph_module)
     for name, part in _called_graph_modules(result):
-        setattr(result, name, transform(part, include_training=include_training))
+        setattr(result, name, rewritten(part, include_training))
     _fuse(result, include_training)
     return result
 
@@ -143,7 +165,15 @@ def tune(
     for name, module in tuned.named_modules():
         if isinstance(module, GraphModule) and _is_inside(name, names):
             _fuse(module, include_training)
-    return _linked(tuned, names, discover(tuned, include_training))
+    _linked(tuned, names, discover(tuned, include_training))
+    _warn_of_train_mode(
+        "tune",
+        tuned,
+        names,
+        "call eval() on the model first, or pass norm_eval=True (batch norms stay in Eval mode while the model trains) "
+        "or include_training=True (pairs fuse once their batch norms are in Eval mode)",
+    )
+    return tuned
 
 
 def untune(model: Model) -> Model:
@@ -194,9 +224,8 @@ def untune(model: Model) -> Model:
 def _linked(model: Model, names: Iterable[str], found: Discovery) -> Model:
     """Gives the modules of a model their parts in the pairs that were found inside those with these names."""
     chosen = [pair for pair in found.pairs if _is_inside(pair.owner, names)]
-    for pair in chosen:
-        link(model, pair)
-    file_report(model, chosen, found.skips + _outside(found.pairs, chosen))
+    linked = [(pair, link(model, pair)) for pair in chosen]
+    file_report(model, linked, found.skips + _outside(found.pairs, chosen))
     return model
 
 
@@ -243,7 +272,9 @@ def deploy(model: Model, modules: Iterable[str] | None = None) -> Model:
                 [replace(pair, is_baked=True) for pair in fused if pair.batch_norm not in left],
                 others + skips,
             )
-    return _baked(deployed, names, discover(deployed))
+    _baked(deployed, names, discover(deployed))
+    _warn_of_train_mode("deploy", deployed, names, "call eval() on the model first")
+    return deployed
 
 
 def _baked(model: Model, names: Iterable[str], found: Discovery) -> Model:
@@ -260,7 +291,9 @@ def _baked(model: Model, names: Iterable[str], found: Discovery) -> Model:
         if pair not in pairs:
             link(model, pair)
     told = [replace(pair, record=replace(pair.record, is_baked=True)) for pair in chosen if pair in pairs]
-    file_report(model, told, found.skips + skips + seen + _outside(found.pairs, chosen))
+    file_report(
+        model, [(pair, None) for pair in told], found.skips + skips + seen + _outside(found.pairs, chosen)
+    )
     return model
 
 
@@ -304,6 +337,21 @@ def tuned_and_deployed(model: Model) -> tuple[Model, Model]:
     return _linked(tuned, [""], found), _baked(deployed, [""], found)
 
 
+def _warn_of_train_mode(function: str, model: nn.Module, names: Iterable[str], cure: str) -> None:
+    """Tells who called the function where nothing was done inside the named modules for want of an `eval()`."""
+    if not any(part.training for part in model.modules()):
+        return  # a function that some path calls with training=True is nobody's mistake
+    told = report(model)
+    left = [skip for skip in told.skipped if skip.reason is SkipReason.TRAINING_MODE]
+    count = sum(_is_inside(skip.batch_norm, names) for skip in left)
+    if count and not told.fused:
+        warnings.warn(
+            f"{function}: no pair was fused, and {count} of the batch norms of {type(model).__name__} are in Train "
+            f"mode, in which they normalise by the statistics of the batch. Cure: {cure}",
+            stacklevel=3,
+        )
+
+
 def _outside(pairs: list[OwnedPair], chosen: list[OwnedPair]) -> list[Skip]:
     return [Skip(pair.record.batch_norm, SkipReason.NOT_SELECTED) for pair in pairs if pair not in chosen]
 
@@ -344,12 +392,7 @@ def report(model: nn.Module) -> Report:
     reports = [
         part.prefixed(without_wrappers(name))
         for name, module in model.named_modules()
-        for part in (
-            vars(module).get(REPORT),
-            # torchvision has GraphModules that lack it.
-            getattr(module, "meta", {}).get(META_KEY) if isinstance(module, torch.fx.GraphModule) else None,
-        )
-        if part is not None
+        for part in _filed_with(module)
     ]
     if (compiled := compiled_report(model)) is not None:
         known = {(pair.convolution, pair.batch_norm) for part in reports for pair in part.fused}
@@ -361,3 +404,12 @@ def report(model: nn.Module) -> Report:
             "deploy or transform returned; one compiled with backend='convbn' has to be called first."
         )
     return sum(reports, Report())
+
+
+def _filed_with(module: nn.Module) -> Iterator[Report]:
+    if (filed := vars(module).get(REPORT)) is not None:
+        yield filed.now()
+    if isinstance(module, torch.fx.GraphModule):  # torchvision has some that lack `meta`
+        rewritten_graph = getattr(module, "meta", {}).get(META_KEY)
+        if rewritten_graph is not None:
+            yield rewritten_graph

@@ -5,7 +5,7 @@ that is asked for.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from convbn_fx import kinds
 from convbn_fx.records import Pair, Report, Skip, SkipReason, without_wrappers
 
-#: Attribute of a batch norm's running mean: the records that are about it, each with the id of a convolution's weight.
+#: Attribute of a batch norm's running mean (of its convolution's weight, if the mean is a constant of the graph): the
+#: records that are about it, each with the id of the convolution's weight.
 _NOTES: Final = "_convbn_fx_notes"
 
 
@@ -38,9 +39,10 @@ class Notes:
         inputs = _inputs_by_node(graph_module)
         records: list[Pair | Skip] = [*report.fused, *report.skipped]
         self._notes = [
-            (inputs[record.batch_norm], record, inputs.get(getattr(record, "convolution", "")))
+            (number, record, weight)
             for record in records
-            if record.batch_norm in inputs
+            for weight in [inputs.get(getattr(record, "convolution", ""))]
+            if (number := inputs.get(record.batch_norm, weight)) is not None
         ]
 
     def leave_on(self, inputs: Sequence[Any]) -> None:
@@ -58,8 +60,7 @@ def compiled_report(model: nn.Module) -> Report | None:
     tensors = [
         (without_wrappers(name), tensor)
         for name, module in model.named_modules()
-        for tensor in (*module._parameters.values(), *module._buffers.values())
-        if tensor is not None
+        for tensor in _tensors_of(module)
     ]
     names: dict[int | None, str] = {id(tensor): name for name, tensor in tensors}
     pairs: dict[tuple[str, str], Pair] = {}
@@ -67,15 +68,33 @@ def compiled_report(model: nn.Module) -> Report | None:
     for norm, tensor in tensors:
         for record, weight in vars(tensor).get(_NOTES, ()):
             if isinstance(record, Skip):
-                skips[norm, record.reason] = replace(record, batch_norm=norm)
+                record = replace(record, batch_norm=norm or record.batch_norm)
+                skips[record.batch_norm, record.reason] = record
                 continue
             convolution = names.get(weight, record.convolution)
             if convolution != norm:  # else they are functions of one module, and their nodes' names say more
-                record = replace(record, convolution=convolution, batch_norm=norm)
+                record = replace(
+                    record,
+                    convolution=convolution or record.convolution,
+                    batch_norm=norm or record.batch_norm,
+                )
             pairs[record.convolution, record.batch_norm] = record
     fused = {pair.batch_norm for pair in pairs.values()}
     left = [skip for (norm, _), skip in skips.items() if norm not in fused]
     return Report(list(pairs.values()), left) if pairs or skips else None
+
+
+def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """Its parameters, its buffers, and the tensors that are plain attributes, in containers too."""
+    for value in vars(module).values():
+        parts = (
+            value.values()
+            if isinstance(value, dict)
+            else value
+            if isinstance(value, (list, tuple))
+            else [value]
+        )
+        yield from (part for part in parts if isinstance(part, Tensor))
 
 
 def _inputs_by_node(graph_module: torch.fx.GraphModule) -> dict[str, int]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from convbn_fx.api import META_KEY, transform
+from convbn_fx.api import META_KEY, rewritten
 from convbn_fx.compiled_reports import Notes
 
 
@@ -49,7 +49,7 @@ def convbn(
     if inner:
         unknown = ", ".join(map(repr, inner))
         raise ValueError(f"convbn: unknown option {unknown}. The only one is 'inner': a backend's name")
-    fused = transform(graph_module)
+    fused = rewritten(graph_module)
     notes = Notes(fused.meta[META_KEY], graph_module)
     notes.leave_on(example_inputs)
     if name is None:

@@ -137,6 +137,17 @@ class Pairing:
             return False
         return not _has_any_global_hook() and torch._C._get_tracing_state() is None
 
+    def changed_since(self) -> str:
+        """What has been done to the modules of the pair that takes it apart for good; empty where nothing has."""
+        for parent, name, child in self.places:
+            there = parent._modules.get(name)
+            if there is not child:
+                return f"{name} is " + (
+                    "gone" if there is None else f"another module now, a {type(there).__name__}"
+                )
+        patched = [type(part).__name__ for part in self.watched if "forward" in vars(part)]
+        return f"the forward of a {patched[0]} was replaced" if patched else ""
+
     def are_cheaper_apart(self, conv: nn.Module, input: Any) -> bool:
         """Whether sizes alone say that the convolution need not wait."""
         norm = self.only_norm

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -9,16 +10,20 @@ from torch import nn
 
 from convbn_fx.deferral import Pairing, Scope
 from convbn_fx.discovery import OwnedPair, identity
-from convbn_fx.records import Pair, Report, Skip
+from convbn_fx.matching import hooks_note
+from convbn_fx.records import Pair, Report, Skip, SkipReason
 from convbn_fx.roles import FUNCTION_CALLS, PAIRING, REPORT, SCOPE, STAYS_IN_EVAL_MODE, ScopeHooks, become
 
 
-def link(model: nn.Module, pair: OwnedPair) -> None:
+def link(model: nn.Module, pair: OwnedPair) -> Pairing:
     """Makes a pair's convolution wait for its batch norm while the owner's forward runs.
 
     Args:
         model: What the names in the pair are qualified names in.
         pair: The pair.
+
+    Returns:
+        What the convolution looks up when it is called.
     """
     owner = model.get_submodule(pair.owner)
     if SCOPE not in vars(owner):
@@ -41,6 +46,7 @@ def link(model: nn.Module, pair: OwnedPair) -> None:
     for name in names:
         _add(pairing.watched, model.get_submodule(name))
         pairing.places += [place for place in _places(model, name, pair.owner) if place not in pairing.places]
+    return pairing
 
 
 def _pairing(model: nn.Module, pair: OwnedPair, owner: nn.Module) -> Pairing:
@@ -76,19 +82,44 @@ def keep_in_eval_mode(norms: Iterable[nn.Module]) -> None:
         become(norm, "batch_norm")
 
 
-def file_report(model: nn.Module, pairs: Iterable[OwnedPair], skips: Iterable[Skip]) -> None:
+@dataclass
+class FiledReport:
+    """What was done in one forward, of which a report can be made as long as the module lives.
+
+    Attributes:
+        fused: Each pair with what its convolution looks up when it is called; None where it is baked.
+        skipped: The batch norms that were left.
+    """
+
+    fused: list[tuple[Pair, Pairing | None]] = field(default_factory=list)
+    skipped: list[Skip] = field(default_factory=list)
+
+    def now(self) -> Report:
+        """The report of the modules as they are by now: exchanged, wrapped, or with hooks."""
+        fused, skipped = [], list(self.skipped)
+        for pair, pairing in self.fused:
+            if pairing is None:
+                fused.append(pair)
+            elif change := pairing.changed_since():
+                skipped.append(Skip(pair.batch_norm, SkipReason.CHANGED_SINCE, change))
+            else:
+                fused.append(replace(pair, note=hooks_note(pairing.watched)))
+        return Report(fused, skipped)
+
+
+def file_report(
+    model: nn.Module, pairs: Iterable[tuple[OwnedPair, Pairing | None]], skips: Iterable[Skip]
+) -> None:
     """Files each record with the module whose forward it speaks of, so that sub-modules have reports of their own."""
-    fused: defaultdict[str, list[Pair]] = defaultdict(list)
-    left: defaultdict[str, list[Skip]] = defaultdict(list)
-    told: dict[tuple[object, object], OwnedPair] = {}
-    for pair in pairs:
-        told.setdefault(
-            (identity(model, pair.record.convolution), identity(model, pair.record.batch_norm)), pair
-        )
-    for pair in told.values():
-        fused[pair.owner].append(pair.record.without_prefix(pair.owner))
+    filed: defaultdict[str, FiledReport] = defaultdict(FiledReport, {"": FiledReport()})
+    told: dict[tuple[object, object], tuple[OwnedPair, Pairing | None]] = {}
+    for pair, pairing in pairs:
+        key = identity(model, pair.record.convolution), identity(model, pair.record.batch_norm)
+        told.setdefault(key, (pair, pairing))
+    for pair, pairing in told.values():
+        filed[pair.owner].fused.append((pair.record.without_prefix(pair.owner), pairing))
     for skip in skips:
         owner = skip.batch_norm.rpartition(".")[0]
-        left[owner].append(skip.without_prefix(owner))
-    for owner in {"", *fused, *left}:
-        vars(model.get_submodule(owner))[REPORT] = Report(fused[owner], left[owner])
+        filed[owner].skipped.append(skip.without_prefix(owner))
+    for owner, report in filed.items():
+        vars(model.get_submodule(owner))[REPORT] = report

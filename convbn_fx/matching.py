@@ -5,7 +5,7 @@ One small predicate per reason to refuse, in the order in which a user would ask
 
 import inspect
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -115,7 +115,9 @@ def _match(node: Node, name: str, root: nn.Module, include_training: bool) -> Ma
             convolution.kind.name,
             batch_norm.kind.name,
             batch_norm.mode_is_constant,
-            _note(convolution_node, node, root),
+            hooks_note(
+                _module_of(each, root) for each in (convolution_node, node) if each.op == "call_module"
+            ),
         ),
         convolution_node,
         node,
@@ -380,11 +382,9 @@ def _module_of(node: Node, root: nn.Module) -> nn.Module:
     return root.get_submodule(str(node.target))
 
 
-def _note(convolution_node: Node, batch_norm_node: Node, root: nn.Module) -> str:
-    modules = [
-        _module_of(node, root) for node in (convolution_node, batch_norm_node) if node.op == "call_module"
-    ]
-    return "runs unfused while it has hooks" if any(kinds.has_hooks(module) for module in modules) else ""
+def hooks_note(modules: Iterable[nn.Module]) -> str:
+    """What a report notes of a pair of these modules, if they have hooks now."""
+    return "runs unfused while it has hooks" if any(map(kinds.has_hooks, modules)) else ""
 
 
 def _out_of_sight(graph_module: GraphModule) -> list[Skip]:

@@ -110,6 +110,10 @@ class SkipReason(StrEnum):
         "a forward that may call the batch norm could not be followed to its end",
         "keep what the detail names out of the forward that runs the pair: in a module of its own, say",
     )
+    CHANGED_SINCE = (
+        "a module of the pair was exchanged, wrapped or patched after it had been tuned",
+        "change the model first, and tune it then; or tune the result again",
+    )
     NOT_CALLED = (
         "the batch norm is not called in this graph",
         "none needed; if it should be called, trace the model in the mode and with the arguments that use it",

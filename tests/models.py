@@ -13,6 +13,9 @@ from torch.nn import functional as F
 from convbn_fx import functional, report, symbolic_trace, transform, tune
 from convbn_fx.testing import randomize_batchnorms
 
+#: For tests of models that are in Train mode on purpose, of which tune, transform and deploy warn.
+in_train_mode = pytest.mark.filterwarnings("ignore:.* no pair was fused:UserWarning")
+
 
 def fused_nodes(graph_module):
     return [node for node in graph_module.graph.nodes if node.target is functional.conv_batch_norm]

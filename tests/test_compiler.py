@@ -28,6 +28,7 @@ from models import (
     exported,
     fused,
     fused_nodes,
+    in_train_mode,
     net,
     prepared,
     with_slow,
@@ -647,6 +648,38 @@ def test_reasons(reason, inner):
     assert_equivalent(model, candidate, X)
     assert not report(candidate).fused
     assert skips(candidate) == {("norm", reason)}
+
+
+STATISTICS = {
+    "attributes": lambda m, mean, var: vars(m).update(mean=mean, var=var),
+    "in a list": lambda m, mean, var: vars(m).update(statistics=[mean, var]),
+    "in a dictionary": lambda m, mean, var: vars(m).update(statistics={"mean": mean, "var": var}),
+}
+
+
+@pytest.mark.parametrize("where", STATISTICS)
+def test_statistics_that_are_plain_tensors(where):
+    def forward(m, x):
+        held = getattr(m, "statistics", None)
+        mean, var = (m.mean, m.var) if held is None else held.values() if isinstance(held, dict) else held
+        return F.batch_norm(m.conv(x), mean, var)
+
+    model = Pair(forward=forward).double().eval()
+    STATISTICS[where](model, data(4), data(4).square())
+    candidate = compiled(model)
+    assert_equivalent(model, candidate, X)
+    (pair,) = report(candidate).fused
+    assert (pair.convolution, pair.batch_norm) == ("conv", "batch_norm")
+
+
+def test_statistics_that_are_constants_of_the_graph():
+    def forward(m, x):
+        y = m.conv(x)
+        return F.batch_norm(y, torch.zeros(4, dtype=x.dtype), torch.ones(4, dtype=x.dtype))
+
+    candidate = compiled(Pair(forward=forward).double().eval())
+    candidate(X)
+    assert report(candidate).summary == "1 pair fused, 0 batch norms left"
 
 
 @pytest.mark.xfail(strict=True, reason="a skip of a batch norm that is also fused is not told")
@@ -1411,6 +1444,7 @@ def test_a_tuned_model_exported_and_its_gradients():
         torch.testing.assert_close(torch.autograd.grad(candidate(y).sin().sum(), sources), wanted)
 
 
+@in_train_mode
 def test_a_tuned_model_in_train_mode_exported():
     model = net().train()
     model.dropout.eval()

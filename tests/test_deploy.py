@@ -21,6 +21,7 @@ from models import (
     Residual,
     conv_norm,
     data,
+    in_train_mode,
     net,
     prepared,
     reasons,
@@ -1098,6 +1099,7 @@ def test_wrong_arguments(arguments, error, message):
         deploy(*arguments)
 
 
+@in_train_mode
 def test_a_model_in_train_mode():
     model = net().train()
     deployed = deployed_with(model, 0)
@@ -1107,6 +1109,7 @@ def test_a_model_in_train_mode():
     assert_same(model, deployed, X)
 
 
+@in_train_mode
 def test_a_graph_in_train_mode():
     model = pair().train()
     graph_module = transform(convbn_fx.symbolic_trace(model), include_training=True)
@@ -1124,6 +1127,7 @@ def test_one_batch_norm_in_train_mode():
     assert_same(model, deployed, X)
 
 
+@in_train_mode
 def test_a_shared_convolution_before_a_batch_norm_in_train_mode():
     model = two_convs(lambda self, x: self.norm(self.conv(x)) * self.norm2(self.conv(x.sin())))
     model.norm2.train()

@@ -5,7 +5,20 @@ import pickle
 
 import pytest
 import torch
-from models import KINDS, LAYOUTS, NET_PAIRS, Pair, data, exported, fused, fused_nodes, net, prepared, reasons
+from models import (
+    KINDS,
+    LAYOUTS,
+    NET_PAIRS,
+    Pair,
+    data,
+    exported,
+    fused,
+    fused_nodes,
+    in_train_mode,
+    net,
+    prepared,
+    reasons,
+)
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.func import functional_call
@@ -61,6 +74,7 @@ def test_an_exported_network_with_a_dynamic_batch():
         assert_equivalent(captured, graph_module, data(batch, 3, 6, 6))
 
 
+@in_train_mode
 def test_an_exported_network_in_train_mode():
     captured = exported(net().train(), X)
     graph_module = fused(captured, 0, **ITSELF)
@@ -194,6 +208,7 @@ def test_dynamo(captured_by_dynamo):
     assert saved_bytes(compiled, X) < saved_bytes(model, X)
 
 
+@in_train_mode
 def test_dynamo_follows_modes_by_recompiling(captured_by_dynamo):
     model = net()
     compiled, graphs = captured_by_dynamo(model)

@@ -4,11 +4,23 @@ import itertools
 
 import pytest
 import torch
-from models import KINDS, NET_PAIRS, Functional, Pair, data, fused, fused_nodes, net, prepared, reasons
+from models import (
+    KINDS,
+    NET_PAIRS,
+    Functional,
+    Pair,
+    data,
+    fused,
+    fused_nodes,
+    in_train_mode,
+    net,
+    prepared,
+    reasons,
+)
 from torch import nn
 from torch.nn import functional as F
 
-from convbn_fx import report, symbolic_trace, transform, tune
+from convbn_fx import deploy, report, symbolic_trace, transform, tune
 from convbn_fx.memory import saved_bytes
 from convbn_fx.testing import assert_equivalent
 
@@ -36,6 +48,7 @@ MODES = list(itertools.product([True, False], repeat=2))
 
 @pytest.mark.parametrize("modes", MODES)
 @pytest.mark.parametrize("rewritten_in", MODES)
+@in_train_mode
 def test_one_norm_in_train_mode_and_the_next_in_eval_mode(rewritten_in, modes):
     model = chain()
     norms = (model[0].norm, model[2].norm)
@@ -89,7 +102,8 @@ def test_a_conv_in_train_mode_does_not_matter():
 
 def test_include_training_takes_pairs_in_train_mode():
     model = chain().train()
-    assert fused_nodes(transform(symbolic_trace(model))) == []
+    with pytest.warns(UserWarning, match=r"^transform: no pair was fused, and 2 .* include_training=True"):
+        assert fused_nodes(transform(symbolic_trace(model))) == []
     graph_module = fused(model, 2, include_training=True)
     assert not report(graph_module).skipped
     assert_equivalent(model, graph_module, X)
@@ -114,6 +128,7 @@ def test_transform_again_takes_what_has_been_frozen_since():
 
 
 @pytest.mark.parametrize("training", [True, False])
+@in_train_mode
 def test_the_mode_of_a_functional_norm_is_a_constant_of_the_graph(training):
     class Own(Functional):
         def forward(self, x):
@@ -137,6 +152,7 @@ def test_the_mode_of_a_module_is_no_constant_of_the_graph():
 
 
 @pytest.mark.parametrize("training", [True, False])
+@in_train_mode
 def test_training_given_as_an_argument_is_not_understood(training):
     class Own(Functional):
         def forward(self, x, training):
@@ -149,6 +165,52 @@ def test_training_given_as_an_argument_is_not_understood(training):
     assert_equivalent(model, graph_module, X, training)
     constant = fused(model, 0 if training else 1, trace=lambda m: symbolic_trace(m, {"training": training}))
     torch.testing.assert_close(constant(X, training), graph_module(X, training))
+
+
+# --- A model in Train mode, which is a mistake more often than not ------------------------------------------------
+
+DOING_NOTHING = {
+    "tune": (tune, "norm_eval=True"),
+    "deploy": (deploy, "eval"),
+    "transform": (lambda model: transform(symbolic_trace(model)), "before it is traced"),
+    "tune a graph": (lambda model: tune(symbolic_trace(model)), "norm_eval=True"),
+    "deploy a graph": (lambda model: deploy(symbolic_trace(model)), "eval"),
+    "tune a part": (lambda model: tune(model, modules=["block"]), "include_training=True"),
+}
+
+
+@pytest.mark.parametrize("name", DOING_NOTHING)
+def test_a_model_in_train_mode_is_told(name):
+    do, cure = DOING_NOTHING[name]
+    model = net().train()
+    with pytest.warns(UserWarning, match=f"^{name.split()[0]}: no pair was fused, and .*{cure}") as told:
+        done = do(model)
+    assert not report(done).fused
+    assert {warning.filename for warning in told} == {__file__}
+    for warning in told:
+        assert "eval()" in str(warning.message)
+
+
+@pytest.mark.parametrize(
+    "done",
+    [
+        lambda model: tune(model, norm_eval=True),
+        lambda model: tune(model, include_training=True),
+        lambda model: tune(model, modules=["head"]),  # which has no batch norm
+        lambda model: tune(model.eval()),
+        lambda model: tune(nn.Linear(3, 3)),
+        lambda model: torch.compile(model, backend="convbn")(data(2, 3, 6, 6)),
+    ],
+    ids=["norm_eval", "include_training", "another part", "eval", "no batch norm", "compiled"],
+)
+def test_nothing_is_told_where_it_is_no_mistake(done):
+    done(net().train())
+
+
+def test_one_pair_in_eval_mode_is_enough():
+    model = net().train()
+    model.stem.norm.eval()
+    assert len(report(tune(model)).fused) == 1
 
 
 # --- Batch norms with a `train` of their own ----------------------------------------------------------------------

@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
+from models import in_train_mode
 from mutants import gradients
 from strategies import (
     NORM_RANKS,
@@ -35,6 +36,8 @@ from torch.utils import _pytree as pytree
 import convbn_fx
 from convbn_fx import SkipReason, functional
 from convbn_fx.testing import assert_equivalent, compare
+
+pytestmark = in_train_mode
 
 
 class Tracer(NamedTuple):

@@ -7,7 +7,19 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from models import NET_PAIRS, Functional, Pair, data, fused, fused_nodes, net, prepared, reasons
+from models import (
+    NET_PAIRS,
+    Functional,
+    Pair,
+    data,
+    fused,
+    fused_nodes,
+    in_train_mode,
+    net,
+    prepared,
+    reasons,
+    through_pickle,
+)
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
@@ -146,6 +158,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
+@in_train_mode
 def test_every_reason_is_given(case):
     name, capture = CASES[case]
     captured = capture()
@@ -203,6 +216,7 @@ CASES_OF_MODELS = {
         "NOT_FOLLOWED",
         lambda: tune(Pair(forward=lambda m, x: m.norm(m.conv(x) * {5: 1}[x.shape[-1]])).eval()),
     ),
+    "changed since": ("CHANGED_SINCE", lambda: with_another_norm(tune(Pair().eval()))),
     "shared crosswise": ("SHARED", lambda: deploy(Two(convolution_shared_crosswise).eval())),
     "reached by a part beside it": (
         "MAY_BE_USED_ELSEWHERE",
@@ -210,6 +224,11 @@ CASES_OF_MODELS = {
     ),
     "beyond float16": ("OUT_OF_RANGE", lambda: deploy(with_huge_gamma(prepared(Pair())))),
 }
+
+
+def with_another_norm(model):
+    model.norm = nn.BatchNorm2d(4).eval()
+    return model
 
 
 def with_hook_on_conv(model):
@@ -236,6 +255,80 @@ def test_every_reason_has_an_explanation_and_a_cure(reason):
     assert SkipReason(reason.value) is reason
     assert pickle.loads(pickle.dumps(reason)) is reason
     assert copy.deepcopy(reason) is reason
+
+
+# --- A model that has changed since -------------------------------------------------------------------------------
+
+
+class Wrapped(nn.Module):
+    """What adapters make of a layer."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def forward(self, x):
+        return self.base(x) + 0 * x.mean()
+
+
+def replace_forward(model):
+    model.conv.forward = model.conv.forward
+
+
+CHANGES = {
+    "a wrapped convolution": (
+        lambda m: setattr(m, "conv", Wrapped(m.conv)),
+        "conv is another module now, a Wrapped",
+    ),
+    "another convolution": (
+        lambda m: setattr(m, "conv", nn.Conv2d(3, 4, 3)),
+        "conv is another module now, a Conv2d",
+    ),
+    "another batch norm": (with_another_norm, "norm is another module now, a BatchNorm2d"),
+    "no batch norm": (lambda m: setattr(m, "norm", None), "norm is gone"),
+    "another forward": (replace_forward, "the forward of a Conv2d was replaced"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_pair_that_was_taken_apart_is_no_longer_said_to_be_fused(case):
+    change, detail = CHANGES[case]
+    tuned = tune(nn.ModuleDict({"block": prepared(Pair()), "other": prepared(Pair())}))
+    before = report(tuned)
+    change(tuned["block"])
+    assert [pair.batch_norm for pair in report(tuned).fused] == ["other.norm"]
+    assert report(tuned).skipped == [Skip("block.norm", SkipReason.CHANGED_SINCE, detail)]
+    assert len(before.fused) == 2
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle])
+def test_the_report_of_a_copy_looks_at_the_copy(copied):
+    tuned = tune(prepared(Pair()))
+    duplicate = copied(tuned)
+    tuned.norm = nn.BatchNorm2d(4).eval()
+    assert report(duplicate).summary == "1 pair fused, 0 batch norms left"
+    duplicate.conv = Wrapped(duplicate.conv)
+    assert set(reasons(duplicate).values()) == {"CHANGED_SINCE"}
+
+
+def test_what_was_changed_is_told_until_it_is_tuned_again():
+    model = nn.Sequential(prepared(Pair()))
+    tuned = tune(model)
+    tuned[0].norm = prepared(nn.BatchNorm2d(4))
+    assert set(reasons(tuned).values()) == {"CHANGED_SINCE"}
+    again = tune(tuned)
+    assert report(again).summary == "1 pair fused, 0 batch norms left"
+    assert_equivalent(tuned, again, X)
+
+
+def test_hooks_are_noted_while_they_are_there():
+    tuned = tune(prepared(Pair()))
+    assert report(tuned).fused[0].note == ""
+    hook = tuned.norm.register_forward_hook(lambda *_: None)
+    assert report(tuned).fused[0].note == "runs unfused while it has hooks"
+    assert report(copy.deepcopy(tuned)).fused[0].note == "runs unfused while it has hooks"
+    hook.remove()
+    assert report(tuned).fused[0].note == ""
 
 
 def test_the_detail_says_what_stood_in_the_way():
@@ -550,6 +643,7 @@ def test_users_of_a_replaced_node_read_the_fused_one():
     ],
     ids=["no norm", "norm first", "training", "nothing"],
 )
+@in_train_mode
 def test_a_graph_with_nothing_to_do_is_left_as_it_is(model, capture):
     captured = capture(model)
     graph_module = fused(captured, 0, **ITSELF)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import Functional, Pair, data, fused, prepared, reasons
+from models import Functional, Pair, data, fused, in_train_mode, prepared, reasons
 from torch import nn
 from torch.nn import functional as F
 
@@ -165,6 +165,7 @@ def test_one_module_under_two_names():
     assert set(graph_module.state_dict()) == set(model.state_dict())
 
 
+@in_train_mode
 def test_one_conv_into_two_norms_of_which_one_is_in_train_mode():
     model = two(lambda m, x: [y := m.conv1(x), m.norm1(y) + m.norm2(y)][1])
     model.norm2.train()
