@@ -95,6 +95,27 @@ class _Opening:  # a class, because a generator takes three times as long
             scope.surroundings, scope.waiting = self.outer
 
 
+class Running(threading.local):
+    """What counts the convolutions that the forward running now calls as functions; None where nothing does."""
+
+    counter: Any = None
+
+
+running: Final = Running()
+
+
+class Uncounted:
+    """A context in which what is called is not called by the forward that counts."""
+
+    __slots__ = ("outer",)
+
+    def __enter__(self) -> None:
+        self.outer, running.counter = running.counter, None
+
+    def __exit__(self, *_: object) -> None:
+        running.counter = self.outer
+
+
 _hooks: Final = partial(torch._C._autograd._top_saved_tensors_default_hooks, True)
 
 
@@ -176,12 +197,14 @@ class Waiting:
         input: The input, as the convolution itself takes it (padded, say).
         conv: The other operands.
         norm: The batch norm that is to come, if only one can. It has no hooks, and its work is done here.
+        scopes: Those of the forwards that run the two.
     """
 
-    def __init__(self, input: Tensor, conv: Convolution, norm: nn.Module | None) -> None:
+    def __init__(self, input: Tensor, conv: Convolution, norm: nn.Module | None, scopes: list[Scope]) -> None:
         self.input = input
         self.conv = conv
         self.norm = norm
+        self.scopes = scopes
         self.output: Tensor | None = None
         self.autocast = autocast_state(input.device.type)
         self.surroundings = _surroundings()
@@ -244,7 +267,12 @@ class Waiting:
             torch._C._autograd._pop_saved_tensors_default_hooks()
         try:
             state = in_autocast_state(self.input.device.type, self.autocast)
-            with torch.inference_mode(False), state, torch.set_grad_enabled(self.surroundings[0]):
+            with (
+                Uncounted(),
+                torch.inference_mode(False),
+                state,
+                torch.set_grad_enabled(self.surroundings[0]),
+            ):
                 yield
         finally:
             for hooks in reversed(entered):
@@ -408,10 +436,15 @@ def waiting_in(value: Any) -> Waiting | None:
     return value._waiting if type(value) is Deferred else None
 
 
-def settled(value: Any) -> Any:
-    """The value, with every deferred convolution in it (in tuples, lists and dicts too) replaced by its output."""
+def settled(value: Any, scope: Scope | None = None) -> Any:
+    """The value, with every deferred convolution in it (in tuples, lists and dicts too) replaced by its output.
+
+    Args:
+        value: Any value.
+        scope: If given, what waits for a batch norm outside of it goes on waiting.
+    """
     if type(value) is Deferred:
-        return value.settled()
+        return value.settled() if scope is None or scope in value._waiting.scopes else value
     if not isinstance(value, (tuple, list, dict)):
         return value
     # Most often the arguments of a forward: tensors, and nothing inside of them.
@@ -422,7 +455,7 @@ def settled(value: Any) -> Any:
         return value
     if all(waiting_in(leaf) is None for leaf in pytree.tree_leaves(value)):
         return value
-    return pytree.tree_map(settled, value)
+    return pytree.tree_map(partial(settled, scope=scope), value)
 
 
 def defer(input: Any, conv: Convolution, pairing: Pairing) -> Any:
@@ -439,12 +472,13 @@ def defer(input: Any, conv: Convolution, pairing: Pairing) -> Any:
     norm = pairing.only_norm
     if not _can_wait(input):
         return convolution(conv, input)
-    waiting = Waiting(input, conv, norm)
+    waiting = Waiting(input, conv, norm, pairing.scopes)
     metadata = waiting.normalised if norm is not None else _metadata(input, conv)
     if metadata is None:
         return convolution(conv, input)
     for scope in pairing.scopes:
-        scope.waiting.append(weakref.ref(waiting))
+        if scope.depth:
+            scope.waiting.append(weakref.ref(waiting))
     return Deferred.like(metadata, waiting)
 
 

@@ -32,7 +32,7 @@ class OwnedPair:
         owner: The module whose own forward runs both.
         methods: Names of the owner's methods that run both.
         between: Modules inside the owner out of or into which the convolution's output goes on its way.
-        site: Where the convolution is called, if it is a function.
+        site: Which call it is, if the convolution is a function.
         to_function: Whether the batch norm is a function.
     """
 
@@ -42,6 +42,13 @@ class OwnedPair:
     between: frozenset[str]
     site: Site | None = None
     to_function: bool = False
+
+    def also(self, other: "OwnedPair") -> "OwnedPair":
+        """The pair, which another way through the forward runs as well, where its call may have another number."""
+        if self.site is None or other.site is None:
+            return self
+        numbers, callees = self.site.numbers | other.site.numbers, self.site.callees | other.site.callees
+        return replace(self, site=replace(self.site, numbers=numbers, callees=callees))
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,8 @@ def discover(model: nn.Module, include_training: bool = False) -> Discovery:
                 taken = [match for match, refusal in judged if refusal is None]
                 refusals += [refusal for _, refusal in judged if refusal is not None]
                 for pair in (_owned(match, way, name) for match in taken):
-                    pairs.setdefault((pair.record.convolution, pair.record.batch_norm), pair)
+                    key = pair.record.convolution, pair.record.batch_norm
+                    pairs[key] = pairs[key].also(pair) if key in pairs else pair
                 # The outermost forward knows best.
                 for skip in (refusal.prefixed(name) for refusal in refusals):
                     skips[skip.batch_norm] = skip
@@ -196,7 +204,7 @@ def _kept_outputs(way: Way) -> Iterator[str]:
     for node in way.graph.nodes:
         readers = [user for user in node.users if user.target is kept_by_someone or _is_stored_by(user, node)]
         if readers and node in way.methods:
-            yield str(node.target) if node.op == "call_module" else node.name
+            yield way.name_of(node)
 
 
 def _is_stored_by(user: Node, node: Node) -> bool:
@@ -303,14 +311,15 @@ def _refusal(match: Match, way: Way) -> Skip | None:
 def _owned(match: Match, way: Way, owner: str) -> OwnedPair:
     calls = way.methods.get(match.convolution_node, set()) & way.methods.get(match.batch_norm_node, set())
     methods = {name for _, name in calls}
-    convolution, batch_norm = _enclosing(match.pair.convolution), _enclosing(match.pair.batch_norm)
-    between = (convolution ^ batch_norm) & way.opened
+    convolution = way.name_of(match.convolution_node)
+    between = _enclosing(convolution) ^ _enclosing(way.name_of(match.batch_norm_node))
+    site = way.sites.get(match.convolution_node)
     return OwnedPair(
-        match.pair.prefixed(owner),
+        replace(match.pair, convolution=convolution).prefixed(owner),
         owner,
         frozenset(methods | {"forward"}),
-        frozenset(_joined(owner, name) for name in between),
-        way.sites.get(match.convolution_node),
+        frozenset(_joined(owner, name) for name in between & way.opened),
+        None if site is None else site.prefixed(owner),
         match.batch_norm_node.op == "call_function",
     )
 

@@ -13,6 +13,7 @@ import operator
 import sys
 import warnings
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
@@ -27,7 +28,7 @@ from torch.fx import Graph, Node
 
 from convbn_fx import kinds
 from convbn_fx.exact_classes import functions_in
-from convbn_fx.function_calls import Site, site_of_caller
+from convbn_fx.function_calls import Site
 from convbn_fx.tracing import Proxy, Tracer, attributes_as_found
 
 # Of one forward so many ways are looked at, on each of which so many branches are taken.
@@ -46,7 +47,7 @@ class Way:
         graph: Its nodes; without an output where the forward raised.
         opened: Children whose own forwards are part of it.
         methods: For the nodes of convolutions and batch norms, the calls of the root's methods that were under way.
-        sites: For those that are functions, the code that called them.
+        sites: For those that are functions, which calls they are.
         with_other_gradients: Those inside of a with-statement that changes the grad mode.
         broke_off: Where and why the forward was not followed to its end, or not on all ways; empty if it was.
         has_guessed_a_number: Whether a loop may be longer, or a choice another, than on any way.
@@ -57,11 +58,17 @@ class Way:
     graph: Graph
     opened: frozenset[str]
     methods: dict[Node, set[tuple[int, str]]]
-    sites: dict[Node, Site | None]
+    sites: dict[Node, Site]
     with_other_gradients: set[Node]
     broke_off: str
     has_guessed_a_number: bool
     elsewhere: list[nn.Module]
+
+    def name_of(self, node: Node) -> str:
+        """The name of a convolution or batch norm; a function's is under that of the module that calls it."""
+        if node.op == "call_module":
+            return str(node.target)
+        return ".".join(filter(None, (self.sites[node].caller, node.name)))
 
     @property
     def is_whole(self) -> bool:
@@ -219,7 +226,10 @@ class _Explorer(Tracer):
         self.names = names
         self.frames: dict[FrameType, int] = {}
         self.methods: dict[Node, set[tuple[int, str]]] = {}
-        self.sites: dict[Node, Site | None] = {}
+        self.calls: dict[Node, tuple[str, frozenset[tuple[str, int]]]] = {}  # of functions: by whom, numbers
+        self.convolved = [0]  # how many convolutions the forwards that are under way have called
+        self.convolved_before: dict[int, int] = {}  # a call of a method of the root
+        self.callees: defaultdict[str, set[str]] = defaultdict(set)
         self.with_other_gradients: set[Node] = set()
         self.left_out: list[Any] = []
         self.elsewhere: list[nn.Module] = []
@@ -265,7 +275,10 @@ class _Explorer(Tracer):
             self.graph,
             self.opened,
             self.methods,
-            self.sites,
+            {
+                node: Site(caller, numbers, frozenset(self.callees[caller]))
+                for node, (caller, numbers) in self.calls.items()
+            },
             self.with_other_gradients,
             broke_off,
             self.has_guessed_a_number,
@@ -319,7 +332,13 @@ class _Explorer(Tracer):
         if m not in (self.submodule_paths or {}):
             self.elsewhere.append(m)
             return self.create_proxy("call_function", _module_of_elsewhere, args, kwargs)
-        return super().call_module(m, forward, args, kwargs)
+        self.callees[self.scope.module_path].add(self.path_of_module(m))
+        self.convolved.append(0)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        finally:
+            self.convolved.pop()
+            self.convolved[-1] += kinds.convolution_kind(m) is not None
 
     def create_arg(self, a: Any) -> Any:
         """Makes a value an argument of a node; an object that a graph cannot hold is left out."""
@@ -343,12 +362,21 @@ class _Explorer(Tracer):
             or target in kinds.CONVOLUTION_FUNCTIONS
             or target in kinds.BATCH_NORM_FUNCTIONS
         ):
-            self.methods[node] = set(self._methods_running())
+            self.methods[node] = methods = set(self._methods_running())
+            for call, _ in methods:
+                self.convolved_before.setdefault(call, self.convolved[0])
             if kind == "call_function":
-                self.sites[node] = site_of_caller(sys._getframe(1))
+                self._note_call(node, methods)
             if torch.is_grad_enabled() != self.context[0]:
                 self.with_other_gradients.add(node)
         return node
+
+    def _note_call(self, node: Node, methods: set[tuple[int, str]]) -> None:
+        """Records which call of a function a node is."""
+        caller, number = self.scope.module_path, self.convolved[-1]
+        numbers = {(name, number - self.convolved_before[call]) for call, name in methods if not caller}
+        self.calls[node] = caller, frozenset(numbers or {("forward", number)})
+        self.convolved[-1] += node.target in kinds.CONVOLUTION_FUNCTIONS
 
     def _methods_running(self) -> Iterator[tuple[int, str]]:
         """The calls of the root's methods that are under way, each with a number of its own, and their names."""

@@ -1,47 +1,75 @@
 """Pairs of functions: convolutions and batch norms that a forward calls as functions, not as modules.
 
-There is no module to give a part to. While the forward that owns such pairs runs, a `TorchFunctionMode` sees the
-functions it calls: a convolution called where one was discovered waits, as a module would, and a batch norm that is
+There is no module to give a part to. A functional convolution is told from all others by the module whose forward
+calls it, and by the number of the call in that forward. While such a forward runs, a `TorchFunctionMode` sees the
+functions it calls: a convolution of a number that was discovered waits, as a module would, and a batch norm that is
 called with one that waits is computed with it.
+
+What other modules call meanwhile is not counted. Where a forward goes another way than any that was explored, another
+convolution may have the number; if it waits for a batch norm that does not come, it is computed when it is read.
 """
 
-import sys
-from collections.abc import Callable
-from types import FrameType
-from typing import Any
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from convbn_fx import kinds
-from convbn_fx.deferral import Pairing, defer, settled, waiting_in
-
-#: Where a function is called: the module and the qualified name of the code that calls it.
-Site = tuple[str, str]
+from convbn_fx.deferral import Pairing, Uncounted, defer, running, settled, waiting_in
 
 
-def site_of_caller(frame: FrameType | None) -> Site | None:
-    """The code that called PyTorch, seen from inside it; None where that is PyTorch's own."""
-    while frame is not None:
-        name = str(frame.f_globals.get("__name__", ""))
-        if not name.startswith(
-            ("torch.nn.functional", "torch.overrides", "torch.fx", "torch._ops", "convbn_fx.")
-        ):
-            return (name, frame.f_code.co_qualname)
-        frame = frame.f_back
-    return None
+@dataclass(frozen=True)
+class Site:
+    """Which call of a function it is. All names are qualified names in the same module.
+
+    Attributes:
+        caller: The module whose forward calls it.
+        numbers: The methods of the caller that may have been entered first, and how many convolutions each has called
+            as functions before.
+        callees: Modules that the caller calls.
+    """
+
+    caller: str
+    numbers: frozenset[tuple[str, int]]
+    callees: frozenset[str]
+
+    def prefixed(self, prefix: str) -> "Site":
+        """The same call with its names under the sub-module `prefix` of a larger module."""
+
+        def joined(name: str) -> str:
+            return ".".join(filter(None, (prefix, name)))
+
+        return replace(self, caller=joined(self.caller), callees=frozenset(map(joined, self.callees)))
 
 
 class FunctionPairs(TorchFunctionMode):
-    """What the forward of an owner runs in.
+    """What a forward that calls functions of pairs runs in.
 
     Args:
-        sites: Where it calls convolutions that batch norms follow.
+        caller: The module whose forward it is.
+        pairings: Of the convolutions that batch norms follow, by method and number.
+        method: The method that runs.
     """
 
-    def __init__(self, sites: dict[Site, Pairing]) -> None:
+    def __init__(self, caller: nn.Module, pairings: Mapping[tuple[str, int], Pairing], method: str) -> None:
         super().__init__()
-        self.sites = sites
+        self.caller = caller
+        self.pairings = pairings
+        self.method = method
+        self.number = 0
+
+    def __enter__(self) -> "FunctionPairs":
+        self.outer, running.counter = running.counter, self
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        running.counter = self.outer
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self,
@@ -53,8 +81,9 @@ class FunctionPairs(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():  # a part of the forward is compiled by itself
             return func(*args, **kwargs)
-        if func in kinds.CONVOLUTION_FUNCTIONS:
-            pairing = self.sites.get(site_of_caller(sys._getframe(1)) or ("", ""))
+        if func in kinds.CONVOLUTION_FUNCTIONS and running.counter is self:
+            pairing = self.pairings.get((self.method, self.number))
+            self.number += 1
             if pairing is not None and pairing.allows():
                 args, kwargs = settled(args), settled(kwargs)
                 return defer(*kinds.CONVOLUTION_FUNCTIONS[func].operands(*args, **kwargs), pairing)
@@ -67,3 +96,25 @@ class FunctionPairs(TorchFunctionMode):
                 if normalised is not None:
                     return normalised
         return func(*args, **kwargs)
+
+
+def while_running(
+    module: nn.Module, pairings: Mapping[tuple[str, int], Pairing] | None, method: str
+) -> AbstractContextManager[Any]:
+    """What a module's method runs in, so that its functions are counted as the module's.
+
+    Args:
+        module: The module.
+        pairings: Those of the functions that it calls; None where it calls none that matter.
+        method: The method.
+    """
+    if running.counter is None and pairings is None:
+        return _NOTHING
+    if pairings is None:
+        return Uncounted()
+    if running.counter is not None and running.counter.caller is module:
+        return _NOTHING  # one of its methods has been entered before
+    return FunctionPairs(module, pairings, method)
+
+
+_NOTHING: Final = nullcontext()

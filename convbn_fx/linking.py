@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from convbn_fx import kinds
 from convbn_fx.deferral import Pairing, Scope
 from convbn_fx.discovery import OwnedPair, identity
+from convbn_fx.function_calls import Site
 from convbn_fx.matching import hooks_note
 from convbn_fx.records import Pair, Report, Skip, SkipReason
 from convbn_fx.roles import FUNCTION_CALLS, PAIRING, REPORT, SCOPE, STAYS_IN_EVAL_MODE, ScopeHooks, become
@@ -50,14 +52,37 @@ def link(model: nn.Module, pair: OwnedPair) -> Pairing:
 
 
 def _pairing(model: nn.Module, pair: OwnedPair, owner: nn.Module) -> Pairing:
-    """Where the convolution looks up what it knows: on the module, or by the place in the owner that calls it."""
-    if pair.site or pair.to_function:
+    """Where the convolution looks up what it knows: on the module, or by its number in the forward that calls it."""
+    if pair.to_function:
         vars(owner).setdefault(FUNCTION_CALLS, {})
-    if pair.site:
-        return vars(owner)[FUNCTION_CALLS].setdefault(pair.site, Pairing())  # type: ignore[no-any-return]
+    if pair.site is not None:
+        return _pairing_of_calls(model, pair.site)
     conv = model.get_submodule(pair.record.convolution)
     become(conv, "convolution")
     return vars(conv).setdefault(PAIRING, Pairing())  # type: ignore[no-any-return]
+
+
+def _pairing_of_calls(model: nn.Module, site: Site) -> Pairing:
+    caller = model.get_submodule(site.caller)
+    become(caller, "owner")
+    calls: dict[tuple[str, int], Pairing] = vars(caller).setdefault(FUNCTION_CALLS, {})
+    known = [calls[call] for call in sorted(site.numbers) if call in calls]
+    pairing = known[0] if known else Pairing()
+    calls |= dict.fromkeys(site.numbers, pairing)
+    for callee in map(model.get_submodule, site.callees):
+        if _may_call_convolutions(callee):
+            become(callee, "owner")  # so that what it calls is not counted
+    return pairing
+
+
+def _may_call_convolutions(module: nn.Module) -> bool:
+    """Whether convolutions may be called inside a module that has no part yet; each of the table's calls just one."""
+    return (
+        kinds.convolution_kind(module) is None
+        and kinds.batch_norm_kind(module) is None
+        and not isinstance(module, (torch.fx.GraphModule, torch.jit.ScriptModule))
+        and any(parameter.ndim > 1 for parameter in module.parameters())
+    )
 
 
 def _add(values: list[Any], value: object) -> None:

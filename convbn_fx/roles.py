@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from convbn_fx import kinds
-from convbn_fx.deferral import Scope, defer, settled, waiting_in
-from convbn_fx.function_calls import FunctionPairs
+from convbn_fx.deferral import Scope, Uncounted, defer, running, settled, waiting_in
+from convbn_fx.function_calls import while_running
 
 #: Attributes of tuned modules, in their `__dict__`.
 PAIRING: Final = "_convbn_fx_pairing"
@@ -34,6 +34,10 @@ def _convolution_forward(cls: type[nn.Module], name: str) -> Callable[..., Any]:
         original = getattr(cls, name)
         if torch.compiler.is_compiling():
             return original(self, *args, **kwargs)
+        if running.counter is not None:
+            running.counter.number += 1  # as if it called one function, whatever it does
+            with Uncounted():
+                return forward(self, *args, **kwargs)
         args, kwargs = settled(args), settled(kwargs) if kwargs else kwargs
         pairing = vars(self).get(PAIRING)
         if pairing is None or (len(args) == 1 and not kwargs and pairing.are_cheaper_apart(self, *args)):
@@ -52,6 +56,9 @@ def _batch_norm_forward(cls: type[nn.Module], name: str) -> Callable[..., Any]:
         original = getattr(cls, name)
         if torch.compiler.is_compiling():
             return original(self, *args, **kwargs)
+        if running.counter is not None:
+            with Uncounted():
+                return forward(self, *args, **kwargs)
         for value in (*args, *kwargs.values()):
             waiting = waiting_in(value)
             if waiting is not None and (normalised := waiting.taken_by(self)) is not None:
@@ -65,15 +72,15 @@ def _owning_method(cls: type[nn.Module], name: str) -> Callable[..., Any]:
     @functools.wraps(getattr(cls, name))
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         original = getattr(cls, name)
-        scope, calls = vars(self).get(SCOPE), vars(self).get(FUNCTION_CALLS)
         # What is known of the pairs is known of the modules, not of their replicas (nn.DataParallel).
-        if scope is None or "_is_replica" in vars(self) or torch.compiler.is_compiling():
+        if "_is_replica" in vars(self) or torch.compiler.is_compiling():
             return original(self, *args, **kwargs)
-        with scope.opened():
-            if calls is None:
-                return settled(original(self, *args, **kwargs))
-            with FunctionPairs(calls):
-                return settled(original(self, *args, **kwargs))
+        scope = vars(self).get(SCOPE)
+        with while_running(self, vars(self).get(FUNCTION_CALLS), name):
+            if scope is None:
+                return original(self, *args, **kwargs)
+            with scope.opened():
+                return settled(original(self, *args, **kwargs), scope)
 
     return method
 
@@ -123,7 +130,8 @@ def become(module: nn.Module, role: str, methods: frozenset[str] = frozenset({"f
 
     Args:
         module: The module. If it plays the role already, the methods are added.
-        role: `convolution`, `batch_norm` or `owner`.
+        role: `convolution`, `batch_norm` or `owner`; the last also for a module that calls functions of pairs, or is
+            called between such functions.
         methods: For an owner, names of the methods that run both members of a pair.
     """
     cls = type(module)
@@ -217,7 +225,7 @@ class ScopeHooks:
     def leave(self, *call: Any) -> Any:
         """A forward hook that is always called."""
         try:
-            return settled(call[-1])
+            return settled(call[-1], self.scope)
         finally:
             self.calls.pop().__exit__(None, None, None)
 
