@@ -12,14 +12,15 @@ from convbn_fx.baking import Baked, bake, bake_graph, skipped
 from convbn_fx.cloning import Model, clone, untuned_class
 from convbn_fx.compiled_reports import compiled_report
 from convbn_fx.discovery import Discovery, Explored, OwnedPair, discover
+from convbn_fx.exploration import GuessedTensor
 from convbn_fx.graph_module import GraphModule, make_plain
 from convbn_fx.linking import file_report, keep_in_eval_mode, link
 from convbn_fx.matching import find_pairs
 from convbn_fx.modes import batch_norms, selected
+from convbn_fx.private_copy import private_copy
 from convbn_fx.records import Refusal, Report, Skip, SkipReason, without_wrappers
 from convbn_fx.rewriting import copied, rewrite, unfuse
 from convbn_fx.roles import REPORT, STAYS_IN_EVAL_MODE
-from convbn_fx.tracing import left_as_found
 from convbn_fx.uses import doubts, goes_another_way
 
 META_KEY: Final = "convbn_fx"
@@ -302,13 +303,13 @@ def _unseen(model: nn.Module, baked: list[Baked], explored: list[Explored]) -> t
     skips: list[Skip] = []
     while True:
         changed: dict[int, tuple[Baked, Explored]] = {}
-        with left_as_found(model):
+        with private_copy(model, GuessedTensor) as private:
             for each in explored:
                 parts = set(map(id, each.module.modules()))
                 groups = [
                     group for group in baked if any(id(module) in parts for module, *_ in group.originals)
                 ]
-                if groups and goes_another_way(each):
+                if groups and goes_another_way(each, private):
                     changed |= {id(group): (group, each) for group in groups}
         if not changed:
             return baked, skips

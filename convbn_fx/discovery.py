@@ -15,12 +15,12 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from convbn_fx import kinds
 from convbn_fx.exact_classes import Question, questions_in
-from convbn_fx.exploration import Ends, Way, explore, kept_by_someone
+from convbn_fx.exploration import Ends, GuessedTensor, Way, explore, kept_by_someone
 from convbn_fx.function_calls import Site
 from convbn_fx.graph_module import GraphModule
 from convbn_fx.matching import find_pairs_in
+from convbn_fx.private_copy import private_copy
 from convbn_fx.records import Match, Pair, Skip, SkipReason
-from convbn_fx.tracing import left_as_found
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,10 @@ def discover(model: nn.Module, include_training: bool = False) -> Discovery:
     lost: dict[int, str] = {}  # modules that may be called where no exploration led
     questions = questions_in(model)
     ends = Ends(set(), set())
-    with left_as_found(model):
+    with private_copy(model, GuessedTensor) as private:
         # Children first: how their forwards begin and end decides whether their parent looks inside them.
         for name, module in _with_forwards_of_their_own(model):
-            explored.append(Explored(name, module, explore(module, ends), []))
+            explored.append(Explored(name, module, explore(module, ends, private), []))
             for way in explored[-1].ways:
                 ends.learn(way)
                 way.broke_off = way.broke_off or _misled(way, questions)

@@ -29,7 +29,10 @@ from torch.fx import Graph, Node
 from convbn_fx import kinds
 from convbn_fx.exact_classes import functions_in
 from convbn_fx.function_calls import Site
-from convbn_fx.tracing import Proxy, Tracer, attributes_as_found
+from convbn_fx.private_copy import PrivateCopy
+from convbn_fx.proxies import Proxy, StoredTensor
+from convbn_fx.side_effects import attributes_as_found
+from convbn_fx.tracing import Tracer
 
 # Of one forward so many ways are looked at, on each of which so many branches are taken.
 _WAYS: Final = 16
@@ -162,6 +165,12 @@ class _GuessedAttribute(_Guess):
         return self.tracer.create_proxy("call_method", self._name, (self._owner, *args), kwargs)
 
 
+class GuessedTensor(StoredTensor, _Guess):  # type: ignore[override]
+    """A parameter or buffer."""
+
+    __setattr__ = _Guess.__setattr__
+
+
 def _instruction(frame: FrameType, offset: int | None = None) -> tuple[str, int]:
     """What a frame is doing, or was at an offset: the operation of its bytecode, and the argument."""
     code, offset = frame.f_code.co_code, frame.f_lasti if offset is None else offset
@@ -244,13 +253,13 @@ class _Explorer(Tracer):
             self.outputs.append((node, weakref.ref(proxy)))
         return proxy
 
-    def follow(self, root: nn.Module) -> str:
+    def follow(self, private: PrivateCopy, root: nn.Module) -> str:
         """Follows the forward as far as guesses lead; tells where and why it was not to its end.
 
         What a forward raises itself is an end, too, unless a guessed number may be the cause.
         """
         try:
-            self.trace(root)
+            self.trace_in(private, root)
         except Exception as error:  # noqa: BLE001 - a forward may raise anything, and this one is given guesses
             *_, innermost = _tracebacks(error)
             operation, argument = _instruction(innermost.tb_frame, innermost.tb_lasti)
@@ -271,7 +280,7 @@ class _Explorer(Tracer):
     def way(self, broke_off: str) -> Way:
         """What has been recorded."""
         return Way(
-            self.root,
+            self.original(self.root),
             self.graph,
             self.opened,
             self.methods,
@@ -330,7 +339,7 @@ class _Explorer(Tracer):
     ) -> Any:
         """Records a module's call, wherever the forward has the module from."""
         if m not in (self.submodule_paths or {}):
-            self.elsewhere.append(m)
+            self.elsewhere.append(self.original(m))
             return self.create_proxy("call_function", _module_of_elsewhere, args, kwargs)
         self.callees[self.scope.module_path].add(self.path_of_module(m))
         self.convolved.append(0)
@@ -356,6 +365,10 @@ class _Explorer(Tracer):
         """Records a node, and which methods of the root were running."""
         if len(self.graph.nodes) > _NODES:
             raise RuntimeError("this forward goes on without end")
+        if kind == "call_function" and self.calling_module() not in (self.submodule_paths or {}):
+            self.elsewhere.append(self.calling_module())
+            if target in kinds.CONVOLUTION_FUNCTIONS or target in kinds.BATCH_NORM_FUNCTIONS:
+                target = _module_of_elsewhere
         node = super(Tracer, self).create_node(kind, target, *args, **kwargs)
         if (
             kind == "call_module"
@@ -430,31 +443,32 @@ def kept_by_someone(*_: Any) -> None:
     """Stands for whoever reads what a forward has left behind."""
 
 
-def explore(root: nn.Module, ends: "Ends") -> list[Way]:
+def explore(root: nn.Module, ends: "Ends", private: PrivateCopy) -> list[Way]:
     """Explores a module's forward, and inside those children whose border a pair may cross.
 
     Args:
         root: The module.
         ends: What is known of its children.
+        private: The copy of the model to run it in.
 
     Returns:
         The ways through it.
     """
     opened: frozenset[str] = frozenset()
     while True:
-        ways = _ways(root, opened)
+        ways = _ways(root, opened, private)
         crossed = {name for way in ways for name in ends.crossed(way)}
         if crossed <= opened:
             return ways
         opened |= crossed
 
 
-def explore_again(ways: list[Way]) -> list[Way]:
+def explore_again(ways: list[Way], private: PrivateCopy) -> list[Way]:
     """Explores the forward that these ways lead through once more."""
-    return _ways(ways[0].root, ways[0].opened)
+    return _ways(ways[0].root, ways[0].opened, private)
 
 
-def _ways(root: nn.Module, opened: frozenset[str]) -> list[Way]:
+def _ways(root: nn.Module, opened: frozenset[str], private: PrivateCopy) -> list[Way]:
     parameters = list(inspect.signature(type(root).forward).parameters.values())[1:]
     optional = [parameter.name for parameter in parameters if parameter.default is not parameter.empty]
     given_together = {frozenset[str](), frozenset(optional), *(frozenset({name}) for name in optional)}
@@ -467,11 +481,12 @@ def _ways(root: nn.Module, opened: frozenset[str]) -> list[Way]:
     while pending and len(ways) < _WAYS:
         variant = pending.pop(0)
         explorer = _Explorer(opened, variant, names)
-        with attributes_as_found((root, *map(root.get_submodule, opened))), warnings.catch_warnings():
+        copied = private.copies[root]
+        with attributes_as_found((copied, *map(copied.get_submodule, opened))), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            root.training = variant.training
+            copied.training = variant.training
             with _nothing_ages():
-                broke_off = explorer.follow(root)
+                broke_off = explorer.follow(private, root)
                 explorer.note_what_is_kept()
         if explorer.needed_length and variant.length == _LENGTH != explorer.needed_length:
             pending.insert(0, variant._replace(length=explorer.needed_length))

@@ -5,8 +5,10 @@ copied or unpickled. Checkpoints, however, hold the unused sub-modules too. Here
 its children are the very same modules, its parameters and buffers the very same tensors.
 """
 
+import operator
+from collections.abc import Mapping
 from functools import partial
-from types import MethodType
+from types import MappingProxyType, MethodType
 from typing import Any, Final
 
 import torch
@@ -45,12 +47,17 @@ class GraphModule(torch.fx.GraphModule):
         root: The module that the graph was traced from, or another GraphModule.
         graph: The graph to run, whose targets are qualified names in `root`.
         class_name: Name of the class, for printing.
+        constants: What the graph reads by names that the root does not have.
     """
 
     def __init__(
-        self, root: nn.Module | dict[str, Any], graph: torch.fx.Graph, class_name: str = "GraphModule"
+        self,
+        root: nn.Module | dict[str, Any],
+        graph: torch.fx.Graph,
+        class_name: str = "GraphModule",
+        constants: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        super().__init__(root, graph, class_name)
+        super().__init__(_with(root, graph, constants) if constants else root, graph, class_name)
         if isinstance(root, nn.Module):
             self._share_state(root)
 
@@ -107,6 +114,12 @@ def make_plain(module: GraphModule) -> None:
     for holder in (module, module.graph):
         if getattr(holder._tracer_cls, "__module__", "").startswith(f"{__package__}."):
             holder._tracer_cls = None
+
+
+def _with(root: Any, graph: torch.fx.Graph, constants: Mapping[str, Any]) -> dict[str, Any]:
+    """All that a graph refers to."""
+    targets = {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")}
+    return {name: operator.attrgetter(name)(root) for name in targets - constants.keys()} | dict(constants)
 
 
 class _CodeTracer(torch.fx.Tracer):

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from convbn_fx import kinds
+from convbn_fx.copying import derived
 from convbn_fx.deferral import Scope, Uncounted, defer, running, settled, waiting_in
 from convbn_fx.function_calls import while_running
 
@@ -188,20 +189,8 @@ def _tuned_class(cls: type[nn.Module], role: str, methods: frozenset[str]) -> ty
 
     body |= {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
     body |= {"__reduce_ex__": reduce, kinds.TUNED_FROM: cls, _METHODS: methods}
-    tuned = _derived(cls, body)
+    tuned = derived(cls, body)
     return _tuned_classes.setdefault((cls, role, methods), tuned)
-
-
-def _derived(cls: type[nn.Module], body: dict[str, Any]) -> type[nn.Module]:
-    """A subclass of which `__init_subclass__` is not told, by which some classes keep registers."""
-    derived: type[nn.Module] = types.new_class(
-        cls.__name__, (nn.Module,), {"metaclass": type(cls)}, lambda namespace: namespace.update(body)
-    )
-    try:
-        derived.__bases__ = (cls,)
-    except TypeError:  # a class with slots is laid out in another way
-        derived = types.new_class(cls.__name__, (cls,), exec_body=lambda namespace: namespace.update(body))
-    return derived
 
 
 def _restored(cls: type[nn.Module], role: str, methods: frozenset[str], *args: Any) -> nn.Module:

@@ -7,25 +7,23 @@ whose output a batch norm reads is opened afterwards, if it holds a convolution 
 crosses a module's border.
 """
 
-import copy
-import operator
-import random
+import inspect
 import sys
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from types import ModuleType
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cached_property
+from types import FrameType
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.fx import Node
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.fx import Graph, Node
 
 from convbn_fx import kinds, libraries
 from convbn_fx.graph_module import GraphModule
+from convbn_fx.private_copy import PrivateCopy, private_copy
+from convbn_fx.proxies import Proxy, StoredTensor
 
 
 class TracingError(RuntimeError):
@@ -53,24 +51,6 @@ def _context() -> tuple[Any, ...]:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), depth_of_autocast
 
 
-class Proxy(torch.fx.Proxy):
-    """A proxy for which augmented assignment is what it is for tensors: a change in place, seen by every alias."""
-
-
-def _augmented_assignment(
-    function: Callable[[Any, Any], Any],
-) -> Callable[[torch.fx.Proxy, Any], torch.fx.Proxy]:
-    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
-
-
-for _function in (
-    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod),
-    *(operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift),
-    operator.irshift,
-):
-    setattr(Proxy, f"__{_function.__name__}__", _augmented_assignment(_function))
-
-
 class Tracer(torch.fx.Tracer):
     """The tracer behind [`symbolic_trace`][convbn_fx.symbolic_trace]; usable with torch.fx's own machinery too.
 
@@ -79,7 +59,7 @@ class Tracer(torch.fx.Tracer):
         closed: Qualified names of modules to keep as leaves although they hold one.
     """
 
-    # Buffers are read where the forward reads them, not when it is traced, and tracing never changes them.
+    # Buffers are read where the forward reads them, not when it is traced.
     proxy_buffer_attributes = True
 
     def __init__(self, opened: frozenset[str] = frozenset(), closed: frozenset[str] = frozenset()) -> None:
@@ -88,6 +68,85 @@ class Tracer(torch.fx.Tracer):
         self.opened = opened
         self.closed = closed
         self.culprit: str | None = None  # the innermost module in which tracing failed
+        self.private: PrivateCopy
+        self.reads: dict[str, torch.fx.Proxy] = {}
+
+    def trace(
+        self,
+        root: nn.Module | Callable[..., Any],
+        concrete_args: dict[str, Any] | None = None,
+    ) -> Graph:
+        """Traces a model, as `torch.fx.Tracer.trace` does; tensors that it makes constants become attributes of it."""
+        if not isinstance(root, nn.Module):
+            return super().trace(root, concrete_args)
+        with private_copy(root) as private:
+            graph = self.trace_in(private, root, concrete_args)
+            vars(root).update(self.constants())
+        self.root = root
+        return graph
+
+    def trace_in(
+        self, private: PrivateCopy, root: nn.Module, concrete_args: dict[str, Any] | None = None
+    ) -> Graph:
+        """Traces a module in the private copy of its model. Targets are qualified names in the module.
+
+        Args:
+            private: The copy.
+            root: The model, or a module inside it.
+            concrete_args: Arguments of the forward to make constants.
+
+        Returns:
+            The graph.
+        """
+        self.private, private.tracer = private, self
+        self.root = private.copies[root]
+        self.root_module_name = root._get_name()
+        self.submodule_paths = {module: name for name, module in self.root.named_modules()}
+        self.graph = Graph(tracer_cls=type(self))
+        function = getattr(type(root), self.traced_func_name)
+        private.keep_functions_whole(getattr(function, "__globals__", {}))
+        with getattr(torch.fx._symbolic_trace, "_is_fx_tracing_context", nullcontext)(True):
+            forward, args = self.create_args_for_root(function, True, concrete_args)
+            returned = inspect.get_annotations(inspect.unwrap(function)).get("return")
+            self.create_node("output", "output", (self.create_arg(forward(*args)),), {}, type_expr=returned)
+        return self.graph
+
+    def constants(self) -> dict[str, Any]:
+        """What tracing has made attributes of the root, by name: tensors that the forward makes, say."""
+        read = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
+        new = vars(self.root).keys() - vars(self.private.originals[self.root]).keys()
+        return {name: vars(self.root)[name] for name in read & new}
+
+    @cached_property
+    def names_of_tensors(self) -> dict[int, str]:
+        """The first qualified name of every parameter and buffer of the root, by identity."""
+        names: dict[int, str] = {}
+        modules = list(self.private.originals[self.root].named_modules(prefix=""))
+        for kind in ("_parameters", "_buffers"):
+            for prefix, module in modules:
+                for name, tensor in vars(module)[kind].items():
+                    names.setdefault(id(tensor), f"{prefix}.{name}" if prefix else name)
+        return names
+
+    @cached_property
+    def tensor_attrs(self) -> dict[Any, str]:  # type: ignore[override]
+        """The qualified names of tensors that are plain attributes, and of what else becomes an attribute."""
+        constants = torch.fx._symbolic_trace._constant_attribute_types
+        return {
+            value: f"{prefix}.{name}" if prefix else name
+            for prefix, module in self.root.named_modules()
+            for name, value in vars(module).items()
+            if isinstance(value, constants)
+        }
+
+    def read(self, tensor: Tensor) -> torch.fx.Proxy:
+        """The proxy of a parameter or buffer of the root; it is read once."""
+        name = self.names_of_tensors.get(id(tensor))
+        if name is None:
+            raise NameError("parameter is not a member of this module")
+        if name not in self.reads:
+            self.reads[name] = self.create_proxy("get_attr", name, (), {})
+        return self.reads[name]
 
     def proxy(self, node: Node) -> torch.fx.Proxy:
         """Makes the proxy that stands for a node while the forward runs."""
@@ -95,6 +154,7 @@ class Tracer(torch.fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether calling `m` becomes one node."""
+        m = self.original(m)
         if kinds.convolution_kind(m) or kinds.batch_norm_kind(m) or kinds.has_hooks(m):
             return True
         if module_qualified_name in self.closed:
@@ -105,6 +165,8 @@ class Tracer(torch.fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """Makes a value an argument of a node. An OrderedDict stays one, where torch.fx would write a dict."""
+        if isinstance(a, Tensor) and id(a) in self.names_of_tensors:
+            return self.read(a).node
         if type(a) is OrderedDict:
             return super().create_node("call_function", OrderedDict, (self.create_arg(list(a.items())),), {})
         return super().create_arg(a)
@@ -116,7 +178,22 @@ class Tracer(torch.fx.Tracer):
                 "a with-statement changes grad mode or autocast here, which a graph cannot hold. Trace the part inside "
                 "it, or the parts around it, by themselves"
             )
+        if self.calling_module() not in (self.submodule_paths or {}):
+            raise NameError("module is not installed as a submodule")
         return super().create_node(*args, **kwargs)
+
+    def original(self, module: nn.Module) -> nn.Module:
+        """The model's module of which one is the copy."""
+        return self.private.originals.get(module, module)
+
+    def calling_module(self) -> nn.Module:
+        """The innermost module that is being called, wherever the forward has it from."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code is not _TRACE:
+            if frame.f_code is _CALL:
+                return frame.f_locals["self"]  # type: ignore[no-any-return]
+            frame = frame.f_back
+        return self.root
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -128,6 +205,21 @@ class Tracer(torch.fx.Tracer):
             if self.culprit is None:
                 self.culprit = self.path_of_module(m)
             raise
+
+    def check_leaves(self) -> None:
+        """Raises if the forward has computed what a leaf uses: the graph would not."""
+        for name, module in self.root.named_modules():
+            if name and self.is_leaf_module(module, name):
+                for attributes in (vars(module), module._parameters, module._buffers):
+                    for key, value in attributes.items():
+                        if isinstance(value, torch.fx.Proxy) and not isinstance(value, StoredTensor):
+                            raise RuntimeError(
+                                f"the forward assigns {name}.{key}, which a graph cannot do at every call"
+                            )
+
+
+_CALL: Final = nn.Module._call_impl.__code__
+_TRACE: Final = Tracer.trace_in.__code__
 
 
 def symbolic_trace(root: nn.Module, concrete_args: dict[str, Any] | None = None) -> GraphModule:
@@ -167,6 +259,9 @@ def symbolic_trace(root: nn.Module, concrete_args: dict[str, Any] | None = None)
     if "forward" in vars(root):
         patched = TypeError("the instance's forward is not its class's, and tracing would ignore it")
         raise TracingError(type(root).__name__, None, patched)
+    if type(root).__call__ is not nn.Module.__call__ and not isinstance(root, torch.fx.GraphModule):
+        called = TypeError("its class has a __call__ of its own, and tracing would ignore it")
+        raise TracingError(type(root).__name__, None, called)
     if taken := _NAMES_OF_GRAPH_MODULES & root._modules.keys():
         renamed = NameError(
             f"rename {', '.join(sorted(taken))}: a GraphModule has attributes of that name itself"
@@ -203,30 +298,17 @@ def _trace(
     root: nn.Module, concrete_args: dict[str, Any] | None, opened: frozenset[str], closed: frozenset[str]
 ) -> GraphModule:
     tracer = Tracer(opened, closed)
-    random_state = torch.get_rng_state()
-    with left_as_found(root):
+    with private_copy(root) as private:
         try:
-            graph = tracer.trace(root, concrete_args)
-            _check_leaves(root, tracer)
-            with unset_fake_temporarily():
-                drawn = not torch.equal(torch.get_rng_state(), random_state)
-            if drawn:
+            graph = tracer.trace_in(private, root, concrete_args)
+            tracer.check_leaves()
+            if private.writes.has_drawn:
                 raise RuntimeError(
                     "the forward draws random numbers that depend on no input: they would be constants"
                 )
         except Exception as error:
             raise TracingError(type(root).__name__, tracer.culprit, error) from error
-        return GraphModule(root, graph, type(root).__name__)
-
-
-def _check_leaves(root: nn.Module, tracer: Tracer) -> None:
-    """Raises if the forward computes what a leaf uses: the graph would not."""
-    for name, module in root.named_modules():
-        computed = [key for key, value in vars(module).items() if isinstance(value, torch.fx.Proxy)]
-        if computed and name and tracer.is_leaf_module(module, name):
-            raise RuntimeError(
-                f"the forward assigns {name}.{computed[0]}, which a graph cannot do at every call"
-            )
+        return GraphModule(root, graph, type(root).__name__, tracer.constants())
 
 
 def _leaves_before_batch_norms(traced: GraphModule) -> frozenset[str]:
@@ -250,110 +332,3 @@ def _is_batch_norm(node: Node, traced: GraphModule) -> bool:
     if node.op == "call_module":
         return kinds.resembles_batch_norm(traced.get_submodule(str(node.target)))
     return node.op == "call_function" and node.target in kinds.BATCH_NORM_FUNCTIONS
-
-
-@contextmanager
-def left_as_found(root: nn.Module) -> Iterator[None]:
-    """Undoes what a forward, run with proxies, changes on the modules, and what tracing stores on the root."""
-    attributes = [value for module in root.modules() for value in vars(module).values()]
-    tensors = [
-        (value, value._version, value.detach().clone()) for value in attributes if _is_restorable(value)
-    ]
-    data = [(tensor, tensor.data) for tensor in (*root.parameters(), *root.buffers())]
-    random_state = random.getstate()
-    numpy: Any = sys.modules.get("numpy")  # if the forward draws from it, it is imported
-    numpy_state = None if numpy is None else numpy.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]), _TensorsAsTheyAre(root), attributes_as_found(root.modules()):
-            yield
-    finally:
-        random.setstate(random_state)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)
-        for tensor, original in data:
-            if _address(tensor) != _address(original):
-                tensor.data = original
-        for tensor, version, value in tensors:
-            if tensor._version != version:
-                tensor.data.copy_(value)
-
-
-def _is_a_helper(value: Any) -> bool:
-    """Whether a value is an object that may keep what a forward gives it."""
-    return hasattr(value, "__dict__") and not isinstance(value, (nn.Module, Tensor, type, ModuleType))
-
-
-@contextmanager
-def attributes_as_found(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Undoes what changes in the attributes of modules and of objects they hold, and in containers that are attributes.
-
-    Only what has changed is touched, and in place: handles of hooks refer to the very containers.
-    """
-    containers: list[tuple[Any, bool]] = [(vars(module), True) for module in modules]
-    known = {id(container) for container, _ in containers}
-    for container, is_of_module in containers:  # those that are found inside are looked into as well
-        for value in list(container.values() if isinstance(container, dict) else container):
-            inside, inside_is_of_module = value, is_of_module
-            if not isinstance(value, (dict, list, set, deque)):
-                if not is_of_module or not _is_a_helper(value):
-                    continue  # objects that an object holds are left alone
-                inside, inside_is_of_module = vars(value), False
-            if id(inside) not in known:
-                known.add(id(inside))
-                containers.append((inside, inside_is_of_module))
-    found = [(container, copy.copy(container)) for container, _ in containers]
-    try:
-        yield
-    finally:
-        for container, content in found:
-            if _identities(container) != _identities(content):
-                container.clear()
-                (container.extend if isinstance(container, (list, deque)) else container.update)(content)
-
-
-class _TensorsAsTheyAre(TorchDispatchMode):
-    """Leaves out what would write to a parameter or buffer: a forward may reach them in ways that no proxy sees."""
-
-    def __init__(self, root: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        attributes = pytree.tree_leaves([list(vars(module).values()) for module in root.modules()])
-        tensors = [value for value in attributes if isinstance(value, Tensor)]
-        self.storages = {_storage(tensor) for tensor in tensors} - {None}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func._schema.is_mutable:
-            for argument, value in zip(func._schema.arguments, args, strict=False):
-                written = argument.alias_info is not None and argument.alias_info.is_write
-                if written and isinstance(value, Tensor) and _storage(value) in self.storages:
-                    return value
-        return func(*args, **(kwargs or {}))
-
-
-def _storage(tensor: Tensor) -> int | None:
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
-    return tensor.untyped_storage()._cdata if plain else None
-
-
-def _address(tensor: Tensor) -> tuple[object, ...]:
-    storage = _storage(tensor)
-    return (
-        ()
-        if storage is None
-        else (storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
-    )
-
-
-def _is_restorable(value: Any) -> bool:
-    return (
-        type(value) is Tensor
-        and value.layout is torch.strided
-        and not (value.is_inference() or value.is_nested)
-    )
-
-
-def _identities(container: Any) -> Any:
-    if isinstance(container, dict):
-        return [(key, id(value)) for key, value in container.items()]
-    return sorted(map(id, container)) if isinstance(container, set) else list(map(id, container))

@@ -19,6 +19,7 @@ from torch.fx import Node
 from convbn_fx import kinds
 from convbn_fx.discovery import Explored, OwnedPair
 from convbn_fx.exploration import Way, explore_again, kept_by_someone
+from convbn_fx.private_copy import PrivateCopy
 from convbn_fx.records import Refusal, SkipReason
 
 
@@ -172,9 +173,9 @@ def _are_all(explored: Explored) -> bool:
 # --- What has changed ---------------------------------------------------------------------------------------------
 
 
-def goes_another_way(explored: Explored) -> bool:
+def goes_another_way(explored: Explored, private: PrivateCopy) -> bool:
     """Whether a forward, explored again, is not the one it was: it looks at what was exchanged."""
-    again = explore_again(explored.ways)
+    again = explore_again(explored.ways, private)
     return list(map(_written, again)) != list(map(_written, explored.ways))
 
 

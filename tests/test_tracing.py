@@ -418,3 +418,34 @@ def test_functions_wrapped_for_torch_fx_stay_calls():
 @torch.fx.wrap
 def clip(x):
     return x.clamp(max=float(x.detach().mean()))
+
+
+class Called(nn.Conv2d):
+    """A convolution that does more than its forward when it is called."""
+
+    def __call__(self, input):
+        return super().__call__(input + 1) * 2
+
+
+class CalledContainer(nn.Sequential):
+    def __call__(self, input):
+        return super().__call__(input.sin()) + 1
+
+
+@pytest.mark.parametrize(
+    "change", [lambda module: None, parametrizations.weight_norm], ids=["plain", "weight norm"]
+)
+def test_a_class_with_a_call_of_its_own(change):
+    conv = Called(3, 4, 3)
+    leaf = CalledContainer(nn.Conv2d(3, 3, 1), nn.Dropout())
+    model = prepared(nn.Sequential(OrderedDict(leaf=leaf, opened=CalledContainer(Pair(conv)))))
+    change(conv)
+    assert modules_called(symbolic_trace(model))[0] == "leaf"
+    assert_equivalent(model, fused(model, 0), X)
+    assert_equivalent(model, convbn_fx.tune(model), X)
+    assert_equivalent(model, convbn_fx.deploy(model), X)
+
+
+def test_a_root_whose_class_has_a_call_of_its_own():
+    with pytest.raises(convbn_fx.TracingError, match=r"CalledContainer cannot be traced(?s:.*)__call__"):
+        symbolic_trace(prepared(CalledContainer(Pair())))
