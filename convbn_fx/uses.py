@@ -82,7 +82,8 @@ class _Uses:
         self.holders: defaultdict[int, list[int]] = defaultdict(list)  # of tensors
         for module in model.modules():
             for tensor in (*module._parameters.values(), *module._buffers.values()):
-                self.holders[id(tensor)].append(id(module))
+                if tensor is not None:
+                    self.holders[id(tensor)].append(id(module))
         # Convolutions that forwards return the output of, and batch norms of what they are given: their callers may
         # pair them.
         self.last: defaultdict[int, set[int]] = defaultdict(set)

@@ -1714,3 +1714,19 @@ def test_tensors_that_hold_no_values():
         changed = (tune(model), transform(symbolic_trace(model)), deploy(model))
         assert [each(x).shape for each in changed] == 3 * [(2, 4, 4, 4)]
         assert not isinstance(changed[2].norm, _BatchNorm)
+
+
+def test_a_tensor_that_a_trace_makes_is_not_a_bias_that_is_not_there():
+    class Strided(nn.Module):
+        """Detectors keep what they know of their grid so: as a plain tensor, exchanged when the shape is another."""
+
+        def __init__(self):
+            super().__init__()
+            self.net = Pair(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4))
+            self.stride = torch.tensor([2.0])
+
+        def forward(self, x):
+            return self.net(x) * torch.cat([self.stride, self.stride]).sum()
+
+    model = prepared(Strided())
+    assert_same(model, deployed_with(model, 1), X)
