@@ -55,8 +55,18 @@ def _brief(spec: Any, defaults: dict[str, Any]) -> str:
     return f"{type(spec).__name__}({', '.join(f'{name}={value!r}' for name, value in given.items())})"
 
 
+class Brief:
+    """A dataclass whose repr leaves out what is a default."""
+
+    def __repr__(self) -> str:
+        return _brief(self, {each.name: each.default for each in fields(self)})  # type: ignore[arg-type]
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))  # hypothesis would print the defaults too
+
+
 @_step
-class Step:
+class Step(Brief):
     """One line of a program: a layer or a function of earlier values."""
 
     source: int
@@ -91,12 +101,6 @@ class Step:
 
     def call(self, layer: Any, *values: Tensor) -> Tensor:
         raise NotImplementedError
-
-    def __repr__(self) -> str:
-        return _brief(self, {each.name: each.default for each in fields(self)})
-
-    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        printer.text(repr(self))  # hypothesis would print the defaults too
 
 
 class Geometry(NamedTuple):
