@@ -117,7 +117,7 @@ def discover(model: nn.Module, include_training: bool = False) -> Discovery:
                 # The outermost forward knows best.
                 for skip in (refusal.prefixed(name) for refusal in refusals):
                     skips[skip.batch_norm] = skip
-                    if skip.reason is SkipReason.MODIFIED_IN_BETWEEN:
+                    if skip.reason in (SkipReason.MODIFIED_IN_BETWEEN, SkipReason.CONTEXTS_DIFFER):
                         decided[identity(model, skip.batch_norm)] = skip
                 for output in _kept_outputs(way):
                     decided[identity(model, _joined(name, output))] = _KEPT
@@ -303,8 +303,16 @@ def _refusal(match: Match, way: Way) -> Skip | None:
     name = match.pair.batch_norm
     if match.convolution_node.op == "call_function" and isinstance(way.root, torch.fx.GraphModule):
         return Skip(name, SkipReason.FUNCTION_CALL)
-    if way.with_other_gradients & {match.convolution_node, match.batch_norm_node}:
+    convolution, batch_norm = (way.contexts[node] for node in (match.convolution_node, match.batch_norm_node))
+    if {convolution.records_gradients, batch_norm.records_gradients} != {way.own_context.records_gradients}:
         return Skip(name, SkipReason.UNUSUAL_CALL, "inside a with-statement that changes the grad mode")
+    if convolution.autocast != batch_norm.autocast:
+        return Skip(name, SkipReason.CONTEXTS_DIFFER, "autocast around one of them")
+    # In a region that the batch norm is not in, the convolution does not wait.
+    if batch_norm.saved_by not in (convolution.saved_by, way.own_context.saved_by):
+        return Skip(
+            name, SkipReason.CONTEXTS_DIFFER, "a checkpoint, or another saver, around the batch norm alone"
+        )
     return None
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from convbn_fx import kinds
+from convbn_fx.autocast import autocast_state
 from convbn_fx.exact_classes import functions_in
 from convbn_fx.function_calls import Site
 from convbn_fx.private_copy import PrivateCopy
@@ -41,6 +42,22 @@ _NODES: Final = 20_000
 _LENGTH: Final = 2  # of what is iterated over, at first
 
 
+class Context(NamedTuple):
+    """What is around a call: whether it records gradients, who saves tensors for it, and its autocast."""
+
+    records_gradients: bool
+    saved_by: object
+    autocast: tuple[torch.dtype | None, ...]
+
+    @classmethod
+    def now(cls) -> "Context":
+        """That of whoever asks."""
+        hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        # Not the hooks themselves: those of a region keep its arguments.
+        saved_by = None if hooks is None else weakref.ref(hooks[0])
+        return cls(torch.is_grad_enabled(), saved_by, tuple(map(autocast_state, ("cpu", "cuda"))))
+
+
 @dataclass
 class Way:
     """What one exploration of a forward recorded.
@@ -51,7 +68,8 @@ class Way:
         opened: Children whose own forwards are part of it.
         methods: For the nodes of convolutions and batch norms, the calls of the root's methods that were under way.
         sites: For those that are functions, which calls they are.
-        with_other_gradients: Those inside of a with-statement that changes the grad mode.
+        contexts: For the nodes of convolutions and batch norms, what with-statements and checkpoints were around them.
+        own_context: What was around the forward itself.
         broke_off: Where and why the forward was not followed to its end, or not on all ways; empty if it was.
         has_guessed_a_number: Whether a loop may be longer, or a choice another, than on any way.
         elsewhere: Modules that it calls and that are not inside the root.
@@ -62,7 +80,8 @@ class Way:
     opened: frozenset[str]
     methods: dict[Node, set[tuple[int, str]]]
     sites: dict[Node, Site]
-    with_other_gradients: set[Node]
+    contexts: dict[Node, "Context"]
+    own_context: "Context"
     broke_off: str
     has_guessed_a_number: bool
     elsewhere: list[nn.Module]
@@ -239,7 +258,8 @@ class _Explorer(Tracer):
         self.convolved = [0]  # how many convolutions the forwards that are under way have called
         self.convolved_before: dict[int, int] = {}  # a call of a method of the root
         self.callees: defaultdict[str, set[str]] = defaultdict(set)
-        self.with_other_gradients: set[Node] = set()
+        self.contexts: dict[Node, Context] = {}
+        self.own_context = Context.now()
         self.left_out: list[Any] = []
         self.elsewhere: list[nn.Module] = []
         self.asked_for: set[Node] = set()  # whose class was, not by isinstance
@@ -288,7 +308,8 @@ class _Explorer(Tracer):
                 node: Site(caller, numbers, frozenset(self.callees[caller]))
                 for node, (caller, numbers) in self.calls.items()
             },
-            self.with_other_gradients,
+            self.contexts,
+            self.own_context,
             broke_off,
             self.has_guessed_a_number,
             self.elsewhere,
@@ -380,8 +401,7 @@ class _Explorer(Tracer):
                 self.convolved_before.setdefault(call, self.convolved[0])
             if kind == "call_function":
                 self._note_call(node, methods)
-            if torch.is_grad_enabled() != self.context[0]:
-                self.with_other_gradients.add(node)
+            self.contexts[node] = Context.now()
         return node
 
     def _note_call(self, node: Node, methods: set[tuple[int, str]]) -> None:

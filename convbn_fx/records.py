@@ -58,6 +58,10 @@ class SkipReason(StrEnum):
         "something that may change tensors in place runs between the convolution and the batch norm",
         "call the batch norm directly after its convolution",
     )
+    CONTEXTS_DIFFER = (
+        "the convolution and the batch norm run under different autocast, or one in a checkpoint of its own",
+        "call both inside of the same with-statements and checkpoints",
+    )
     UNKNOWN_CONVOLUTION = (
         "the convolution's forward is not a known one: a subclass, or a patched instance",
         "register_conv(cls, ...) if its forward is linear in the weight",

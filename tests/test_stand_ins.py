@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from models import Functional, Pair, data, prepared, tuned_with
+from models import Functional, Pair, data, prepared, reasons, tuned_with
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from convbn_fx import deferral
 from convbn_fx.testing import assert_equivalent
@@ -250,6 +251,76 @@ def test_a_pair_whose_convolution_s_shape_is_read_is_fused(function):
     model.read = lambda y: (setattr(model, "factor", y.shape[-1] + y.size(1)), y)[1]
     tuned = tuned_with(model, 2 if function is several_norms else 1)
     assert_equivalent(model, tuned, X)
+
+
+# --- One convolution a call --------------------------------------------------------------------------------------
+
+
+def computed_by(tuned, x, monkeypatch):
+    """How many convolutions' own outputs the model computes in both passes."""
+    computed = []
+    original = deferral.convolution
+    monkeypatch.setattr(deferral, "convolution", lambda *args: computed.append(args) or original(*args))
+    tuned(x).sum().backward()
+    return len(computed)
+
+
+class Regions(Pair):
+    """Its batch norm, and perhaps all of it, in a region of its own."""
+
+    def __init__(self, inner, outer):
+        super().__init__()
+        self.inner, self.outer = inner, outer
+        self.conv2 = nn.Conv2d(4, 4, 3)
+
+    def activated(self, y):
+        return self.norm(y).relu()
+
+    def body(self, x):
+        return self.conv2(self.inner(self.activated, self.conv(x)))
+
+    def forward(self, x):
+        return self.outer(self.body, x)
+
+
+def called(function, y):
+    return function(y)
+
+
+def checkpointed(function, y):
+    return checkpoint(function, y, use_reentrant=False)
+
+
+def offloaded(function, y):
+    with torch.autograd.graph.save_on_cpu():
+        return function(y)
+
+
+def lower_precision(function, y):
+    with torch.autocast("cpu", torch.bfloat16):
+        return function(y)
+
+
+@pytest.mark.parametrize("outer", [called, checkpointed], ids=lambda region: region.__name__)
+@pytest.mark.parametrize(
+    "inner", [checkpointed, offloaded, lower_precision], ids=lambda region: region.__name__
+)
+def test_a_batch_norm_in_a_region_of_its_own(inner, outer, monkeypatch):
+    model = prepared(Regions(inner, outer), torch.float32)
+    tuned = tuned_with(model, 0)
+    assert reasons(tuned) == {"norm": "CONTEXTS_DIFFER"}
+    assert_equivalent(model, tuned, X.float())
+    assert computed_by(tuned, X.float(), monkeypatch) == 0
+
+
+@pytest.mark.parametrize(
+    "outer", [checkpointed, offloaded, lower_precision], ids=lambda region: region.__name__
+)
+def test_a_pair_in_one_region(outer, monkeypatch):
+    model = prepared(Regions(called, outer), torch.float32)
+    tuned = tuned_with(model, 1)
+    assert_equivalent(model, tuned, X.float(), rtol=3e-2 if outer is lower_precision else 1e-5)
+    assert computed_by(tuned, X.float(), monkeypatch) == 0
 
 
 # --- How long it lives -------------------------------------------------------------------------------------------
