@@ -126,9 +126,10 @@ def _gradients_of_scaled(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, 
     from_weight = wants_gamma and wants_weight  # then gamma's gradient comes out of the weight's
     output_scale, weight_scale = _sides(scale) if from_weight else (scale, None)
     fused_weight = weight if weight_scale is None or weight is None else scaled(weight, weight_scale, conv)
+    grad_scaled = _on_channels(grad_output, output_scale)
     grad_input, grad_weight = _convolution_backward(
         ctx,
-        _on_channels(grad_output, output_scale),
+        grad_scaled,
         input if wants_weight else None,
         fused_weight if wants_input else None,
     )
@@ -139,7 +140,11 @@ def _gradients_of_scaled(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, 
         grad_bias = scale * grad_shift if wants_bias else None
     if from_weight:
         per_scale = products(at_least_float32(grad_weight), at_least_float32(weight), conv) / output_scale
-        grad_gamma = plus_centred(per_scale, grad_shift, bias, running_mean) * inverse
+        centring = grad_shift
+        if is_half(ctx.parameter_dtypes[0]):
+            # What rounding has added to the scaled gradient is in `per_scale`, times a mean that may be large.
+            centring = _sum_over_positions(grad_scaled) / output_scale
+        grad_gamma = plus_centred(per_scale, centring, bias, running_mean) * inverse
     if wants_gamma and (not from_weight or (is_half(ctx.input_dtype) and _overflowed(grad_gamma))):
         norm = BatchNorm(running_mean, running_var, gamma, None, ctx.eps)
         grad_gamma = _gradient_of_gamma(conv._replace(weight=weight, bias=bias), norm, input, grad_output)

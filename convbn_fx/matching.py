@@ -15,8 +15,9 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from convbn_fx import functional, kinds
+from convbn_fx.arithmetic import output_channels
 from convbn_fx.kinds import BatchNormKind, ConvolutionKind
-from convbn_fx.operands import BatchNorm
+from convbn_fx.operands import BatchNorm, Convolution
 from convbn_fx.records import Match, Pair, Refusal, Skip, SkipReason
 
 
@@ -103,7 +104,7 @@ def _match(node: Node, name: str, root: nn.Module, include_training: bool) -> Ma
     if not isinstance(convolution_node, Node):
         raise Refusal(SkipReason.NOT_AFTER_CONVOLUTION)
     convolution = _convolution_call(convolution_node, root)
-    _check_channels(convolution, batch_norm)
+    _check_channels(convolution, batch_norm, root)
     position = _position(convolution_node, node, batch_norm)
     for between in _nodes_between(convolution_node, node):
         if _may_change_tensors(between, root):
@@ -206,10 +207,57 @@ def _convolution_call(node: Node, root: nn.Module) -> _ConvolutionCall:
     raise Refusal(SkipReason.NOT_AFTER_CONVOLUTION, f"of {node.name}")
 
 
-def _check_channels(convolution: _ConvolutionCall, batch_norm: _BatchNormCall) -> None:
+def _check_channels(convolution: _ConvolutionCall, batch_norm: _BatchNormCall, root: nn.Module) -> None:
+    detail = f"{batch_norm.kind.name} after {convolution.kind.name}"
     rank = convolution.kind.batched_rank
     if rank is not None and not batch_norm.kind.accepts(rank):
-        raise Refusal(SkipReason.CHANNELS_DIFFER, f"{batch_norm.kind.name} after {convolution.kind.name}")
+        raise Refusal(SkipReason.CHANNELS_DIFFER, detail)
+    outputs, normalised = _output_channels(convolution, root), _normalised_channels(batch_norm, root)
+    if outputs is not None and normalised is not None and outputs != normalised:
+        raise Refusal(SkipReason.CHANNELS_DIFFER, f"{detail}, {normalised} after {outputs} channels")
+
+
+def _output_channels(convolution: _ConvolutionCall, root: nn.Module) -> int | None:
+    """How many channels a convolution has now; None where only a call tells."""
+    operands = convolution.operands
+    if isinstance(operands, str):
+        module: Any = root.get_submodule(operands)
+        weight = module._parameters.get("weight") if _is_read_plainly(convolution.kind) else None
+        operands = Convolution(
+            "", weight, transposed=getattr(module, "transposed", False), groups=getattr(module, "groups", 1)
+        )
+    else:
+        operands = operands._replace(weight=_constant(operands.weight, root))
+    is_known = isinstance(operands.weight, torch.Tensor) and operands.weight.ndim > 1
+    is_known = is_known and isinstance(operands.transposed, bool) and isinstance(operands.groups, int)
+    return output_channels(operands) if is_known else None
+
+
+def _normalised_channels(batch_norm: _BatchNormCall, root: nn.Module) -> int | None:
+    operands = batch_norm.operands
+    if isinstance(operands, BatchNorm):
+        mean = _constant(operands.running_mean, root)
+    elif _is_read_plainly(batch_norm.kind):
+        mean = root.get_submodule(operands)._buffers.get("running_mean")
+    else:
+        mean = None
+    return mean.shape[0] if isinstance(mean, torch.Tensor) and mean.ndim == 1 else None
+
+
+def _is_read_plainly(kind: ConvolutionKind | BatchNormKind) -> bool:
+    """Whether a call of the module reads what its dictionaries of parameters and buffers hold."""
+    return bool(kind.reads) and not kind.by_attribute
+
+
+def _constant(value: Any, root: nn.Module) -> Any:
+    """What a `get_attr` names; None for what is computed."""
+    if not (isinstance(value, Node) and value.op == "get_attr"):
+        return None
+    *path, name = str(value.target).split(".")
+    owner: Any = root
+    for part in path:
+        owner = owner._modules.get(part) if isinstance(owner, nn.Module) else None
+    return owner._parameters.get(name, owner._buffers.get(name)) if isinstance(owner, nn.Module) else None
 
 
 def _position(convolution_node: Node, batch_norm_node: Node, batch_norm: _BatchNormCall) -> Node:

@@ -160,7 +160,12 @@ MUTANTS = [
         "grad_output * per_channel",
         "grad_output + 0 * per_channel",
     ),
-    Mutant("scaled: scale left in gamma's gradient", "fused._gradients_of_scaled", "/ output_scale", ""),
+    Mutant(
+        "scaled: scale left in gamma's gradient",
+        "fused._gradients_of_scaled",
+        "conv) / output_scale",
+        "conv)",
+    ),
 ]
 
 

@@ -603,7 +603,8 @@ def _reasons_between(
     readers = [call for call in program.calls if conv.result in call.reads]
     if readers != [norm] or conv.result in program.returned:
         reasons.add(SkipReason.CONVOLUTION_OUTPUT_USED_ELSEWHERE)
-    if conv.step.rank + 2 not in NORM_RANKS[norm.step.kind]:
+    ranks, channels = NORM_RANKS[norm.step.kind], norm.step.channels
+    if conv.step.rank + 2 not in ranks or conv.step.out_channels != channels:
         reasons.add(SkipReason.CHANNELS_DIFFER)
     between = [
         call for call in program.calls if conv.result < places.get(call.result, call.result) < norm.result

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import KINDS, LAYOUTS, Functional, Pair, data, fused, prepared, reasons
+from models import KINDS, LAYOUTS, Functional, Pair, data, fused, prepared, reasons, tuned_with
 from torch import nn
 from torch.nn import functional as F
 
@@ -128,6 +128,33 @@ def test_norms_of_another_rank(conv, norm, shape):
     graph_module = fused(model, 0)
     assert reasons(graph_module) == {"norm": "CHANNELS_DIFFER"}
     assert_equivalent(model, graph_module, data(*shape))
+
+
+@pytest.mark.parametrize(
+    ("conv", "norm", "shape"),
+    [
+        (nn.Linear(3, 2), nn.BatchNorm1d(4), (5, 4, 3)),  # (5, 4, 2) as (N, C, L)
+        (nn.Conv1d(3, 2, 1), nn.BatchNorm1d(4), (3, 6)),  # raises: (2, 6) as (N, C)
+        (nn.ConvTranspose1d(6, 6, 1, groups=2), nn.BatchNorm1d(3), (2, 6, 5)),  # raises
+    ],
+)
+def test_channels_that_can_never_match(conv, norm, shape):
+    model = prepared(Pair(conv, norm))
+    for treated in (fused(model, 0), tuned_with(model, 0)):
+        assert reasons(treated) == {"norm": "CHANNELS_DIFFER"}
+        if "Linear" in str(conv):
+            assert_equivalent(model, treated, data(*shape))
+
+
+def test_channels_of_functions_that_can_never_match():
+    def forward(m, x):
+        y = F.linear(x, m.conv.weight)
+        return F.batch_norm(y, m.norm.running_mean, m.norm.running_var, m.norm.weight, m.norm.bias)
+
+    model = prepared(Pair(nn.Linear(3, 2), nn.BatchNorm1d(4), forward))
+    graph_module = fused(model, 0)
+    assert set(reasons(graph_module).values()) == {"CHANNELS_DIFFER"}
+    assert_equivalent(model, graph_module, data(5, 4, 3))
 
 
 class Formula(nn.Module):
