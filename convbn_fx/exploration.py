@@ -11,6 +11,7 @@ import gc
 import inspect
 import operator
 import sys
+import time
 import warnings
 import weakref
 from collections import defaultdict
@@ -25,6 +26,8 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
+from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
+from torch.utils import _pytree as pytree
 
 from convbn_fx import kinds
 from convbn_fx.autocast import autocast_state
@@ -33,12 +36,15 @@ from convbn_fx.function_calls import Site
 from convbn_fx.private_copy import PrivateCopy
 from convbn_fx.proxies import Proxy, StoredTensor
 from convbn_fx.side_effects import attributes_as_found
+from convbn_fx.silence import silence
+from convbn_fx.time_limit import OutOfTime, time_limit
 from convbn_fx.tracing import Tracer
 
 # Of one forward so many ways are looked at, on each of which so many branches are taken.
 _WAYS: Final = 16
 _BRANCHES: Final = 64
 _NODES: Final = 20_000
+_SECONDS: Final = 20  # for all ways through one forward; the largest that are known take a tenth of it
 _LENGTH: Final = 2  # of what is iterated over, at first
 
 
@@ -236,6 +242,24 @@ def _is_ours_or_torchs(frame: FrameType) -> bool:
     return str(frame.f_globals.get("__name__")).startswith(("torch.", "convbn_fx."))
 
 
+class _FunctionsOfGuesses(TorchFunctionMode):
+    """Records the functions that are given guesses in the place of numbers, before PyTorch's C++ sees them."""
+
+    def __init__(self, tracer: "_Explorer") -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """A node if an argument, or a part of one, is a guess; what is of tensors alone is recorded without this."""
+        kwargs = kwargs or {}
+        is_guess = (issubclass(type(value), _Guess) for value in pytree.tree_leaves((args, kwargs)))
+        if not is_tensor_method_or_property(func) and any(is_guess):
+            return self.tracer.create_proxy("call_function", func, args, kwargs)
+        return func(*args, **kwargs)
+
+
 def _module_of_elsewhere(*_: Any, **__: Any) -> None:
     """Stands for the call of a module that is not among those of the root."""
 
@@ -273,13 +297,16 @@ class _Explorer(Tracer):
             self.outputs.append((node, weakref.ref(proxy)))
         return proxy
 
-    def follow(self, private: PrivateCopy, root: nn.Module) -> str:
+    def follow(self, private: PrivateCopy, root: nn.Module, seconds: float) -> str:
         """Follows the forward as far as guesses lead; tells where and why it was not to its end.
 
         What a forward raises itself is an end, too, unless a guessed number may be the cause.
         """
         try:
-            self.trace_in(private, root)
+            with time_limit(seconds), _FunctionsOfGuesses(self):
+                self.trace_in(private, root)
+        except OutOfTime:
+            return f"it has not ended after {_SECONDS} seconds"
         except Exception as error:  # noqa: BLE001 - a forward may raise anything, and this one is given guesses
             *_, innermost = _tracebacks(error)
             operation, argument = _instruction(innermost.tb_frame, innermost.tb_lasti)
@@ -498,15 +525,20 @@ def _ways(root: nn.Module, opened: frozenset[str], private: PrivateCopy) -> list
     names = _names_of_methods(type(root))
     pending = [_Variant(*variant) for variant in variants]
     ways: list[Way] = []
-    while pending and len(ways) < _WAYS:
+    end = time.monotonic() + _SECONDS
+    while pending and len(ways) < _WAYS and (not ways or time.monotonic() < end):
         variant = pending.pop(0)
         explorer = _Explorer(opened, variant, names)
         copied = private.copies[root]
-        with attributes_as_found((copied, *map(copied.get_submodule, opened))), warnings.catch_warnings():
+        with (
+            silence(),
+            attributes_as_found((copied, *map(copied.get_submodule, opened))),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             copied.training = variant.training
             with _nothing_ages():
-                broke_off = explorer.follow(private, root)
+                broke_off = explorer.follow(private, root, end - time.monotonic())
                 explorer.note_what_is_kept()
         if explorer.needed_length and variant.length == _LENGTH != explorer.needed_length:
             pending.insert(0, variant._replace(length=explorer.needed_length))
@@ -517,9 +549,8 @@ def _ways(root: nn.Module, opened: frozenset[str], private: PrivateCopy) -> list
         ]
         ways.append(explorer.way(broke_off))
     if pending:
-        ways[-1].broke_off = (
-            ways[-1].broke_off or f"more than {_WAYS} ways lead through {type(root).__name__}.forward"
-        )
+        told = f"more than {_WAYS} ways lead through it, or they take more than {_SECONDS} seconds"
+        ways[-1].broke_off = ways[-1].broke_off or told
     return ways
 
 

@@ -1,12 +1,17 @@
 """What exploring a forward finds, and what it says where it cannot: tune, deploy and the reasons in their reports."""
 
+import logging
+import sys
+import threading
+import time
+
 import pytest
 import torch
 from models import data, prepared, reasons, tuned_with
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from convbn_fx import SkipReason, deploy, report, tune
+from convbn_fx import SkipReason, deploy, exploration, report, tune
 from convbn_fx.memory import saved_bytes
 from convbn_fx.testing import assert_equivalent
 
@@ -90,14 +95,17 @@ def numbers_given_to_functions(m, x):
     y = m.norm(m.conv(x))
     b, c, h, w = y.shape
     offsets = torch.as_tensor([0, *(size for size in (b, c))]).cumsum_(0)
-    y = F.pad(y, (m.conv.weight.shape[-1] // 3,) * 4) + torch.zeros(b, c, 1, 1, dtype=y.dtype)
+    y = F.pad(y, (m.conv.weight.shape[-1] // 3,) * 4) + torch.zeros((b, c, 1, 1), dtype=y.dtype)
     y = F.interpolate(y, size=(h, w)) + torch.arange(h * 1.0, dtype=y.dtype)[: x.size(3)] * offsets[0]
+    y = torch.ones((b, h), dtype=y.dtype)[:, None, :, None] * torch.full((), b, dtype=y.dtype) * y
     return m.norm2(F.conv2d(y, m.conv2.weight, m.conv2.bias, padding=m.conv.weight.shape[-1] // 2))
 
 
 def test_functions_in_cpp_take_no_guess_for_a_tensor():
     model = built(numbers_given_to_functions)  # a segmentation fault, if they do
-    assert_equivalent(model, tune(model), X)
+    tuned = tune(model)
+    assert [skip.detail for skip in report(tuned).skipped if skip.reason is SkipReason.NOT_FOLLOWED] == []
+    assert_equivalent(model, tuned, X)
 
 
 def test_both_answers_are_followed():
@@ -206,6 +214,55 @@ def test_what_is_called_from_elsewhere():
     kept = nn.ModuleList([prepared(nn.BatchNorm2d(4))])
     model.outside = [kept[0]]
     assert reasons(tune(nn.ModuleList([model, kept]))) == {"0.norm2": "NOT_CALLED", "1.0": "NOT_FOLLOWED"}
+
+
+def counting_to(m, x, end):
+    y = m.norm(m.conv(x))
+    count = int(x.sum())
+    while count < end:
+        try:
+            count += 1
+        except ArithmeticError:
+            count = 0
+    return m.norm2(m.conv2(y))
+
+
+def test_an_exploration_that_does_not_end_is_cut_off(monkeypatch):
+    monkeypatch.setattr(exploration, "_SECONDS", 0.3)
+    model = built(lambda m, x: counting_to(m, x, 10**15))
+    begun = time.monotonic()
+    tuned = tuned_with(model, 1)
+    assert time.monotonic() - begun < 20
+    assert reasons(tuned) == {"norm2": "NOT_FOLLOWED"}
+    assert "it has not ended after 0.3 seconds" in report(tuned).skipped[0].detail
+    x = X.abs() * 1e14
+    torch.testing.assert_close(tuned(x), model(x))
+    assert len(report(tune(built(asserted))).fused) == 2
+
+
+def say(text):
+    sys.stdout.write(text)
+    sys.stderr.write(text)
+    logging.getLogger("talkative").error(text)
+
+
+def talkative(m, x):
+    say("here")
+    other = threading.Thread(target=say, args=("there",))
+    other.start()
+    other.join()
+    return m.norm2(m.conv2(m.norm(m.conv(x))))
+
+
+def test_what_a_forward_prints_while_it_is_explored_is_swallowed(capsys, caplog):
+    model, streams = built(talkative), (sys.stdout, sys.stderr, logging.Logger.handle)
+    tuned = tuned_with(model, 2)
+    said = [*capsys.readouterr(), *(record.message for record in caplog.records)]
+    assert "there" in said[0]
+    assert not any("here" in text.replace("there", "") for text in said)
+    assert streams == (sys.stdout, sys.stderr, logging.Logger.handle)
+    tuned(X)
+    assert "herethere" in capsys.readouterr().out
 
 
 def test_what_no_way_calls():
