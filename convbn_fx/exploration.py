@@ -220,6 +220,16 @@ def _questions_of_class(code: CodeType) -> dict[int, str]:
     return found
 
 
+def _may_be_in_place(node: Node) -> bool:
+    """Whether a node may change what it is given, by its name."""
+    name = str(getattr(node.target, "__name__", node.target))
+    return (
+        name.endswith("_")
+        or name in ("setattr", "setitem")
+        or (hasattr(operator, f"__{name}__") and name[:1] == "i")
+    )
+
+
 def _tracebacks(error: Exception) -> Iterator[TracebackType]:
     step = error.__traceback__
     while step is not None:
@@ -288,6 +298,7 @@ class _Explorer(Tracer):
         self.elsewhere: list[nn.Module] = []
         self.asked_for: set[Node] = set()  # whose class was, not by isinstance
         self.classes: dict[Node, type | None] = {}
+        self.truths: dict[Node, bool] = {}  # of arguments
         self.outputs: list[tuple[Node, weakref.ReferenceType[Proxy]]] = []  # of convolutions
 
     def proxy(self, node: Node) -> Proxy:
@@ -350,11 +361,20 @@ class _Explorer(Tracer):
         """The class of what a node stands for: a tensor, and on another way something else, where it is not known."""
         if node not in self.classes:
             known = _known_class(node, self.root)
-            self.classes[node] = known or (Tensor if self.to_bool(node) else None)
+            self.classes[node] = known or (Tensor if self._decision() else None)
         return self.classes[node]
 
     def to_bool(self, obj: Any) -> bool:
-        """Takes the branch that was decided on, or else the first."""
+        """The truth of a value: that of an argument is the same whenever it is asked for."""
+        node = obj.node
+        if node.op != "placeholder" or any(map(_may_be_in_place, node.users)):
+            return self._decision()
+        if node not in self.truths:
+            self.truths[node] = self._decision()
+        return self.truths[node]
+
+    def _decision(self) -> bool:
+        """The branch that was decided on, or else the first."""
         if self.taken == _BRANCHES:
             raise RuntimeError("this forward branches without end")
         self.taken += 1

@@ -115,6 +115,44 @@ def test_both_answers_are_followed():
     assert_equivalent(model, tuned, [X, X])
 
 
+class Encoder(nn.Module):
+    """As those of transformers: an argument is asked for after each of many blocks."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(12))
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x, keep=False):
+        kept = []
+        for block in self.blocks:
+            x = block(x)
+            if keep:
+                kept.append(x)
+        return self.norm(self.conv(x)), kept
+
+
+def test_an_argument_has_one_answer_all_along():
+    model = prepared(Encoder())
+    assert len(report(deploy(model)).fused) == 1  # which needs every way
+    for keep in (False, True):
+        assert_equivalent(model, tuned_with(model, 1), X, keep)
+
+
+def test_an_argument_that_is_changed_in_place_may_have_another():
+    def forward(m, x, flag=False):
+        if flag:
+            flag.zero_()
+            if not flag:
+                return m.conv(x)
+        return m.norm(m.conv(x))
+
+    model = built(forward)
+    flag = torch.ones(())
+    torch.testing.assert_close(deploy(model)(X, flag.clone()), model(X, flag.clone()))
+
+
 # --- Numbers ------------------------------------------------------------------------------------------------------
 
 
