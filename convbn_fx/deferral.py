@@ -36,7 +36,7 @@ from convbn_fx.functional import (
     frozen_kind,
     normalised_convolution,
 )
-from convbn_fx.geometry import output_shape
+from convbn_fx.geometry import output_shape, output_size
 from convbn_fx.operands import BatchNorm, Convolution
 
 # --- Where deferring is allowed ----------------------------------------------------------------------------------
@@ -63,6 +63,12 @@ class Scope(threading.local):
     def opened(self) -> "_Opening":
         """Opens the scope for one call."""
         return _Opening(self)
+
+    def let_go_of_inputs(self) -> None:
+        """Keeps outputs instead of inputs for what the forward keeps although its batch norm is through with it."""
+        last = self.waiting[-1]() if self.waiting else None
+        if last is not None:
+            last.let_go_of_input()
 
     def is_open_here(self) -> bool:
         """Whether the forward is running, outside of any region in it that is recomputed or has no gradients."""
@@ -139,6 +145,7 @@ class Pairing:
         to_function: Whether it also goes to a batch norm that is a function.
         watched: The convolution, the batch norms, and the modules in between out of or into which its output goes.
         places: Where those are: parent, name and child. What has been wrapped or exchanged since is not known.
+        outlives_its_norm: Whether a forward has been seen to keep the output, where the input is the larger.
     """
 
     scopes: list[Scope] = field(default_factory=list)
@@ -146,6 +153,7 @@ class Pairing:
     to_function: bool = False
     watched: list[nn.Module] = field(default_factory=list)
     places: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
+    outlives_its_norm: bool = False
 
     def allows(self) -> bool:
         """Whether the convolution may wait now: a frozen batch norm may be next, and nobody looks in between."""
@@ -196,15 +204,15 @@ class Waiting:
     Args:
         input: The input, as the convolution itself takes it (padded, say).
         conv: The other operands.
-        norm: The batch norm that is to come, if only one can. It has no hooks, and its work is done here.
-        scopes: Those of the forwards that run the two.
+        pairing: What is known of the way to its batch norms. If only one can come, its work is done here.
     """
 
-    def __init__(self, input: Tensor, conv: Convolution, norm: nn.Module | None, scopes: list[Scope]) -> None:
+    def __init__(self, input: Tensor, conv: Convolution, pairing: Pairing) -> None:
         self.input = input
         self.conv = conv
-        self.norm = norm
-        self.scopes = scopes
+        self.pairing = pairing
+        self.norm = norm = pairing.only_norm
+        self.is_taken = False
         self.output: Tensor | None = None
         self.autocast = autocast_state(input.device.type)
         self.surroundings = _surroundings()
@@ -283,6 +291,15 @@ class Waiting:
         with suppress(RuntimeError):
             self.settled()
 
+    def let_go_of_input(self) -> None:
+        """Keeps the output instead of a larger input, once the batch norm is through: Eval mode keeps no more."""
+        size = output_size(self.input, self.conv.weight, self.conv)
+        if self.is_taken and self.output is None and size < self.input.numel():
+            self.pairing.outlives_its_norm = True
+            self.settle_for_later()
+            if self.output is not None:
+                self.input = self.output
+
     def taken_by(self, norm: nn.Module | BatchNorm) -> Tensor | None:
         """What the batch norm makes of the output; None where it has to look at the output itself."""
         if self.output is not None or self.surroundings != _surroundings():
@@ -292,12 +309,14 @@ class Waiting:
         if norm is self.norm and self._has_done_what_it_would_do_now():
             # Once: the forward may change it in place, and then ask for it again.
             normalised, self.normalised = self.normalised, None
+            self.is_taken = True
             return finished(self.norm, self.norm_kind, normalised)  # type: ignore[arg-type]
         # Which one would come was not known, or it computes its operands anew whenever they are read.
         kind = frozen_kind(norm)
         if kind is None or not self._is_unchanged():
             return None
         normalised = normalised_convolution(self.input, self.conv, batch_norm_operands(norm, kind), kind)
+        self.is_taken = normalised is not None
         return None if normalised is None else finished(norm, kind, normalised)
 
     def _has_done_what_it_would_do_now(self) -> bool:
@@ -444,7 +463,7 @@ def settled(value: Any, scope: Scope | None = None) -> Any:
         scope: If given, what waits for a batch norm outside of it goes on waiting.
     """
     if type(value) is Deferred:
-        return value.settled() if scope is None or scope in value._waiting.scopes else value
+        return value.settled() if scope is None or scope in value._waiting.pairing.scopes else value
     if not isinstance(value, (tuple, list, dict)):
         return value
     # Most often the arguments of a forward: tensors, and nothing inside of them.
@@ -469,11 +488,10 @@ def defer(input: Any, conv: Convolution, pairing: Pairing) -> Any:
     Returns:
         What stands for the convolution's output; the output itself where the two have to run apart.
     """
-    norm = pairing.only_norm
-    if not _can_wait(input):
+    if not _can_wait(input) or (not torch.is_grad_enabled() and _would_hold_too_much(pairing)):
         return convolution(conv, input)
-    waiting = Waiting(input, conv, norm, pairing.scopes)
-    metadata = waiting.normalised if norm is not None else _metadata(input, conv)
+    waiting = Waiting(input, conv, pairing)
+    metadata = _metadata(input, conv) if waiting.norm is None else waiting.normalised
     if metadata is None:
         return convolution(conv, input)
     for scope in pairing.scopes:
@@ -485,6 +503,13 @@ def defer(input: Any, conv: Convolution, pairing: Pairing) -> Any:
 def _can_wait(input: Any) -> bool:
     """Whether a convolution of this input may wait: a change of it shows, and forward-mode AD need not know of it."""
     return isinstance(input, Tensor) and not input.is_inference() and forward_ad._current_level < 0
+
+
+def _would_hold_too_much(pairing: Pairing) -> bool:
+    """Whether an input would live longer than in Eval mode, where no backward pass needs it."""
+    for scope in pairing.scopes:
+        scope.let_go_of_inputs()
+    return pairing.outlives_its_norm
 
 
 def _metadata(input: Tensor, conv: Convolution) -> Tensor | None:

@@ -23,6 +23,7 @@ from models import (
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import convbn_fx
 from convbn_fx import Pair as PairRecord
@@ -211,6 +212,12 @@ CASES_OF_MODELS = {
     "a class asked for": (
         "CLASS_ASKED_FOR",
         lambda: tune(Pair(forward=lambda m, x: m.norm(m.conv(x)) * (type(m.conv) is nn.Conv2d)).eval()),
+    ),
+    "a norm in a checkpoint": (
+        "CONTEXTS_DIFFER",
+        lambda: tune(
+            Pair(forward=lambda m, x: checkpoint(m.norm, m.conv(x), use_reentrant=False)).eval(),
+        ),
     ),
     "a forward that breaks off": (
         "NOT_FOLLOWED",

@@ -1,5 +1,7 @@
 """What stands for a convolution's output: its shape, its gradients, and how long it keeps what it needs for them."""
 
+import weakref
+
 import pytest
 import torch
 from models import Functional, Pair, data, prepared, reasons, tuned_with
@@ -340,3 +342,32 @@ def nodes_behind(tensor):
 def test_nothing_of_the_stand_in_is_in_the_history_of_a_pair():
     tuned = tuned_with(prepared(Pair()), 1)
     assert nodes_behind(tuned(X)) == {"_FusedConvolutionBackward", "torch::autograd::AccumulateGrad"}
+
+
+def test_a_name_that_keeps_an_output_keeps_no_larger_input():
+    alive = []
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(8, 2, 1), nn.BatchNorm2d(2)
+            self.conv2, self.norm2 = nn.Conv2d(2, 8, 1), nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            x = x.sin()
+            input = weakref.ref(x)
+            y = self.conv(x)
+            del x
+            z = self.norm(y)
+            w = self.conv2(z)
+            alive.append(input() is not None)
+            return self.norm2(w)
+
+    model = prepared(Named())
+    x = data(2, 8, 6, 6)
+    tuned = tuned_with(model, 2)
+    alive.clear()
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(tuned(x), model(x))
+    assert alive == [False] * 6
