@@ -3,12 +3,13 @@
 import contextlib
 import copy
 import io
+import sys
 import warnings
 from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import Phase, find, given, note, settings
+from hypothesis import Phase, currently_in_test_context, find, given, note, settings
 from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 from trees import (
@@ -22,9 +23,18 @@ from trees import (
     NORMS,
     PLAIN,
     READ_OF,
+    Act,
+    Add,
     Apply,
     Block,
+    Child,
+    Conv,
     Features,
+    Function,
+    Norm,
+    Read,
+    Tree,
+    Weight,
     example_input,
     features_of,
     trees,
@@ -39,9 +49,9 @@ DEPLOYED = Features(public=False).without(
     held=["proxy"], functions=["print"], conditions=["keyword", "dtype is"], around=["public method"]
 )
 #: Where Python asks nobody what a value is, a trace bakes in one way, as docs/limits.md says. Others do not hold yet:
-#: the class of a proxy, and a leaf that overrides `__call__`.
+#: the class of a proxy, and a weight that is computed when another forward reads it.
 TRACED = Features().without(
-    convs=["DoublingCallConv"],
+    convs=["InterceptedConv"],
     functions=["return unless isinstance", "return unless is_tensor"],
     conditions=["option", "keyword", "dtype is", "isinstance", "is_tensor"],
 )
@@ -198,8 +208,13 @@ def test_a_deployed_model_does_what_the_model_does(tree):
     check_deploy(tree)
 
 
+def tell(tree):
+    if currently_in_test_context():
+        note(tree.write())
+
+
 def check_tune(tree, changes=(), gradients=True):
-    note(tree.write())
+    tell(tree)
     reference, original = tree.build(), tree.build()
     before, values = snapshot(original), state(original)
     tuned = made(convbn_fx.tune, original.model)
@@ -230,7 +245,7 @@ def check_tune(tree, changes=(), gradients=True):
 
 
 def check_transform(tree):
-    note(tree.write())
+    tell(tree)
     reference, original = tree.build(), tree.build()
     before, values = snapshot(original), state(original)
     try:
@@ -250,7 +265,7 @@ def check_transform(tree):
 
 
 def check_deploy(tree):
-    note(tree.write())
+    tell(tree)
     reference, original = tree.build(), tree.build()
     before, values = snapshot(original), state(original)
     deployed = made(convbn_fx.deploy, original.model)
@@ -260,6 +275,110 @@ def check_deploy(tree):
     assert snapshot(original) == before
     if not any(getattr(tree.modules[index], "training", False) for index in tree.reached):
         assert_same(values, state(original), "state after deploy")
+
+
+# --- What was found, each at its smallest ------------------------------------------------------------------------
+
+
+CONV_AND_NORM = (Conv(), Norm())
+
+
+def blocks(*blocks, leaves=CONV_AND_NORM):
+    return Tree((*leaves, *(Block(tuple(children), tuple(steps)) for children, steps in blocks)))
+
+
+CONV, NORM = Child(0), Child(1)
+PAIR = ((CONV, NORM), (Apply(0, (0, 1)),))
+TWO_BLOCKS = (Apply(0, (0,)), Apply(0, (1,)), Add(1, 2))
+FOUND = {
+    "a convolution of two blocks with batch norms of their own": blocks(
+        ((CONV, Child(1)), (Apply(0, (0, 1)),)),
+        ((CONV, Child(2)), (Apply(0, (0, 1)),)),
+        ((Child(3), Child(4)), TWO_BLOCKS),
+        leaves=(Conv(), Norm(), Norm()),
+    ),
+    "a block that ends in a convolution, normalised once": blocks(
+        ((CONV,), (Apply(0, (0,)),)),
+        ((Child(2), NORM), (Apply(0, (0, 1)), Apply(0, (0,)), Add(1, 2))),
+    ),
+    "a closure of another block": blocks(
+        ((Child(0, "closure"),), (Apply(0, (0,)),)), PAIR, ((Child(2), Child(3)), TWO_BLOCKS)
+    ),
+    "another name of a convolution": blocks(((CONV, NORM, Child(0, "list")), (*PAIR[1], Apply(1, (2,))))),
+    "a tied weight": blocks(((CONV, NORM, Child(0, "list")), (*PAIR[1], Weight(1, 2, transposed=True)))),
+    "sizes unpacked in between": blocks(((CONV, NORM), (*PAIR[1], Function(1, "size"), Apply(2, (0,))))),
+    "an attribute of a batch norm": blocks(((CONV, NORM), (*PAIR[1], Read(1, 1, "num_features")))),
+    "the class of a convolution": blocks(
+        ((CONV, Child(1, "bound method")), (Apply(0, (0, 1), "loop, type of convolution"),))
+    ),
+    "an autograd.Function on a convolution's output": blocks(
+        ((CONV, NORM, Child(2)), (Apply(0, (0, 1, 0, 2)),)), leaves=(Conv(), Norm(), Act("SwishModule()"))
+    ),
+    "a pre-forward hook": Tree(
+        (
+            Conv(),
+            Norm(),
+            Block((CONV,), (Function(0),), hook=0),
+            Block((CONV, NORM, Child(2)), (*PAIR[1], Apply(1, (2,)))),
+        )
+    ),
+    "a child that a batch norm does not call": blocks(PAIR, leaves=(Conv(), Norm("NamedNorm"))),
+    "a weak proxy": blocks(((Child(1, "proxy"),), (Apply(0, (0,)),))),
+    "a call that does more": blocks(PAIR, leaves=(Conv("DoublingCallConv"), Norm())),
+    "a weight that is computed when it is read": blocks(PAIR, leaves=(Conv("InterceptedConv"), Norm())),
+}
+each_found = pytest.mark.parametrize("tree", FOUND.values(), ids=FOUND)
+
+
+@each_found
+def test_what_was_found_wrong_of_tune(tree):
+    check_tune(tree, ["the first batch norm trains", "train()"])
+
+
+@each_found
+def test_what_was_found_wrong_of_transform(tree):
+    check_transform(tree)
+
+
+@each_found
+def test_what_was_found_wrong_of_deploy(tree):
+    check_deploy(tree)
+
+
+# --- The properties can fail -------------------------------------------------------------------------------------
+
+
+def printing(model):
+    sys.stdout.write("traced")
+    return copy.deepcopy(model)
+
+
+def without_gradients(model):
+    tuned = copy.deepcopy(model)
+    tuned.requires_grad_(False)
+    return tuned
+
+
+def normalising_less(model):
+    tuned = convbn_fx.deploy(model)
+    tuned.c0.bias.data.mul_(1 + 1e-5)
+    return tuned
+
+
+WRONG = {
+    "prints": printing,
+    "changes the original": lambda model: model.train(),
+    "has no gradients": without_gradients,
+    "does not share parameters": copy.deepcopy,
+    "is off a little": normalising_less,
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+def test_a_wrong_result_is_noticed(wrong, monkeypatch):
+    monkeypatch.setattr(convbn_fx, "tune", wrong)
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_tune(blocks(PAIR))
 
 
 # --- Nothing is right because all is refused ---------------------------------------------------------------------
