@@ -81,6 +81,16 @@ def conv_batch_norm(
     return batch_norm(norm, convolution(conv, *args, **kwargs))
 
 
+def _refuse_scripting() -> Callable[..., Any]:
+    raise TypeError(
+        "torch.jit.script: a graph that convbn_fx.transform rewrote is no TorchScript. Script convbn_fx.untune(model), "
+        "which has the same tensors, or convbn_fx.deploy(model)"
+    )
+
+
+conv_batch_norm.__prepare_scriptable__ = _refuse_scripting  # type: ignore[attr-defined] # torch.jit asks for it
+
+
 def normalised_convolution(
     input: Any, conv: Convolution, norm: BatchNorm, norm_kind: BatchNormKind
 ) -> Tensor | None:

@@ -5,16 +5,20 @@ copied or unpickled. Checkpoints, however, hold the unused sub-modules too. Here
 its children are the very same modules, its parameters and buffers the very same tensors.
 """
 
+import copy
 import operator
+import os
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType, MethodType
 from typing import Any, Final
 
 import torch
 from torch import nn
-from torch.fx.graph_module import reduce_graph_module
+from torch.fx.graph_module import _format_import_block, reduce_graph_module
 from torch.nn.modules.module import _WrappedHook
+from torch.package.importer import sys_importer
 
 # What belongs to one GraphModule and its graph, or is merged below.
 OF_ONE_GRAPH: Final = frozenset(
@@ -93,6 +97,14 @@ class GraphModule(torch.fx.GraphModule):
     def __copy__(self) -> "GraphModule":
         return GraphModule(self, self.graph, type(self).__name__)
 
+    def to_folder(self, folder: str | os.PathLike[str], module_name: str = "FxModule") -> None:
+        """Writes the module as code, as `torch.fx.GraphModule` does, with the imports that the code needs."""
+        super().to_folder(folder, module_name)
+        file = Path(folder) / "module.py"
+        names = self.graph.python_code("self").globals
+        imports = _format_import_block(names, sys_importer)
+        file.write_text(f"{imports}\n{file.read_text()}")
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles as `torch.fx.GraphModule` does, by generated code; unpickling makes this class again."""
         _, (state, import_block) = super().__reduce__()
@@ -103,9 +115,38 @@ class GraphModule(torch.fx.GraphModule):
 
 def instance_like(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
     """An empty GraphModule of the same class. Each instance has a subclass of its own, for its forward."""
-    instance: torch.fx.GraphModule = type(module).__new__(type(module))
-    type(instance).__name__ = type(module).__name__
+    return _empty(type(module), type(module).__name__)
+
+
+def keep_all_in_copies(module: torch.fx.GraphModule) -> None:
+    """Makes copies and pickles of a GraphModule keep all of its graphs, hooks and attributes, as ours do."""
+    if not isinstance(module, GraphModule):
+        cls: Any = type(module)  # the class of this very instance
+        cls.__deepcopy__, cls.__reduce_ex__ = _deepcopied, _reduced
+
+
+def _deepcopied(self: torch.fx.GraphModule, memo: dict[int, Any]) -> torch.fx.GraphModule:
+    memo[id(self)] = result = instance_like(self)
+    _set_state(result, copy.deepcopy(vars(self), memo))
+    return result
+
+
+def _reduced(self: torch.fx.GraphModule, _: Any) -> tuple[Any, ...]:
+    # Above the class of this very instance, which nobody can import.
+    cls, name = type(self).__bases__[0], type(self).__name__
+    return _empty, (cls, name), vars(self), None, None, _set_state
+
+
+def _empty(cls: type[torch.fx.GraphModule], name: str) -> torch.fx.GraphModule:
+    instance: torch.fx.GraphModule = cls.__new__(cls)
+    type(instance).__name__ = name
     return instance
+
+
+def _set_state(module: torch.fx.GraphModule, state: dict[str, Any]) -> None:
+    vars(module).update(state)
+    module.graph = module._graph  # writes its forward
+    keep_all_in_copies(module)
 
 
 def make_plain(module: GraphModule) -> None:

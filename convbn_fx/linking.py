@@ -12,6 +12,7 @@ from convbn_fx import kinds
 from convbn_fx.deferral import Pairing, Scope
 from convbn_fx.discovery import OwnedPair, identity
 from convbn_fx.function_calls import Site
+from convbn_fx.graph_module import keep_all_in_copies
 from convbn_fx.matching import hooks_note
 from convbn_fx.records import Pair, Report, Skip, SkipReason
 from convbn_fx.roles import FUNCTION_CALLS, PAIRING, REPORT, SCOPE, STAYS_IN_EVAL_MODE, ScopeHooks, become
@@ -34,6 +35,7 @@ def link(model: nn.Module, pair: OwnedPair) -> Pairing:
             hooks = ScopeHooks(vars(owner)[SCOPE])
             owner.register_forward_pre_hook(hooks.enter)
             owner.register_forward_hook(hooks.leave, always_call=True)
+            keep_all_in_copies(owner)
     if not isinstance(owner, torch.fx.GraphModule):
         become(owner, "owner", pair.methods)
     pairing = _pairing(model, pair, owner)

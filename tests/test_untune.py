@@ -25,7 +25,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import convbn_fx
 from convbn_fx import symbolic_trace, transform, tune, untune
-from convbn_fx.cloning import _references, _walk
+from convbn_fx.copying import _references, _walk
 from convbn_fx.testing import assert_equivalent
 
 X = data(2, 3, 6, 6)
