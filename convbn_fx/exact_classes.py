@@ -87,13 +87,14 @@ def functions_in(value: Any) -> Iterator[FunctionType]:
         if id(value) in known:
             continue
         known.add(id(value))
-        if isinstance(value, (staticmethod, classmethod)):
+        cls = type(value)  # a weak proxy passes for what it refers to
+        if issubclass(cls, (staticmethod, classmethod)):
             pending.append(value.__func__)
-        elif isinstance(value, property):
+        elif issubclass(cls, property):
             pending += [value.fget, value.fset]
-        elif isinstance(value, (functools.partial, functools.partialmethod)):
+        elif issubclass(cls, (functools.partial, functools.partialmethod)):
             pending.append(value.func)
-        elif isinstance(value, FunctionType):
+        elif cls is FunctionType:
             yield value
             pending += [value.__dict__.get("__wrapped__"), *_closed_over(value).values()]
 

@@ -3,6 +3,7 @@
 import copy
 import random
 import sys
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -109,6 +110,10 @@ def attributes_as_found(modules: Iterable[nn.Module]) -> Iterator[None]:
     known = {id(container) for container, _ in containers}
     for container, is_of_module in containers:  # those that are found inside are looked into as well
         for value in list(container.values() if isinstance(container, dict) else container):
+            if (
+                type(value) in weakref.ProxyTypes
+            ):  # which pass for what they refer to, and raise where it is gone
+                continue
             inside, inside_is_of_module = value, is_of_module
             if not isinstance(value, (dict, list, set, deque)):
                 if not is_of_module or not _is_a_helper(value):
