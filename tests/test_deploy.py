@@ -1730,3 +1730,46 @@ def test_a_tensor_that_a_trace_makes_is_not_a_bias_that_is_not_there():
 
     model = prepared(Strided())
     assert_same(model, deployed_with(model, 1), X)
+
+
+class Asking(nn.Module):
+    """Encoders of transformers ask at every block whether the states in between are to be kept."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.blocks = nn.ModuleList(Pair(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)) for _ in range(8))
+        self._forward = forward
+
+    def forward(self, x, asked=None):
+        return self._forward(self, x, asked)
+
+
+def kept_at_every_block(m, x, asked):
+    kept = []
+    for block in m.blocks:
+        x = block(x)
+        if asked:
+            kept.append(x)
+    return x, kept
+
+
+def taken_off_at_every_block(m, x, asked):
+    for block in m.blocks:
+        x = block(x)
+        if asked and asked.pop():
+            x = block.conv(x)
+    return x
+
+
+def test_a_flag_that_is_asked_at_every_block_is_one_branch():
+    model = prepared(Asking(kept_at_every_block))
+    deployed = deployed_with(model, 8)
+    assert_same(model, deployed, X)
+    assert_same(model, deployed, X, True)
+
+
+def test_an_argument_that_changes_while_it_is_asked_is_asked_again():
+    model = prepared(Asking(taken_off_at_every_block))
+    deployed = deploy(model)
+    for asked in (None, [False] * 8, [True] * 8, [True, False, True]):
+        torch.testing.assert_close(deployed(X, copy.copy(asked)), model(X, copy.copy(asked)))
