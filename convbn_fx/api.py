@@ -129,7 +129,8 @@ def tune(
     Outputs and all gradients stay the same (arXiv 2305.11624, section 3); the feature map between convolution and
     batch norm is no longer saved for the backward pass. Every forward runs as it is written, whatever it does, so the
     model need not be traceable: a convolution waits for the batch norm after it, and where something else takes its
-    output, it runs as before. Batch norms switched to Train mode run as before too, for as long as they are.
+    output, it runs as before. Batch norms switched to Train mode run as before too, for as long as they are. A warning
+    tells where nothing was fused because they are in Train mode already.
 
     Args:
         model: Any model. It is left untouched.
@@ -363,6 +364,9 @@ def _is_inside(name: str, selected: Iterable[str]) -> bool:
 
 def report(model: nn.Module) -> Report:
     """What the pass did to a model and what it left alone, with reasons.
+
+    It speaks of the model as it is now: a pair that was taken apart after it had been tuned, by a module exchanged or
+    wrapped, is told with a reason.
 
     Args:
         model: What [`transform`][convbn_fx.transform], [`tune`][convbn_fx.tune] or [`deploy`][convbn_fx.deploy]
