@@ -266,7 +266,7 @@ def _row_of(module: nn.Module, table: "_Classes[Row]") -> Row | None:
     if row is None:
         return None
     attributes = vars(module)
-    if not attributes.keys().isdisjoint(_LOOKED_UP) and _is_patched(attributes):
+    if not _LOOKED_UP.isdisjoint(attributes) and _is_patched(attributes):
         return None
     for name, method in row.methods:  # at every call of every pair: no generator
         if getattr(cls, name) is not method:
@@ -276,7 +276,7 @@ def _row_of(module: nn.Module, table: "_Classes[Row]") -> Row | None:
 
 # Names that a forward looks up on its module. An attribute of the instance is found before those of its class, its
 # parameters and its buffers.
-_LOOKED_UP: Final = (*_FORWARD_METHODS, "weight", "bias", "running_mean", "running_var")
+_LOOKED_UP: Final = frozenset((*_FORWARD_METHODS, "weight", "bias", "running_mean", "running_var"))
 
 
 def _is_patched(attributes: dict[str, Any]) -> bool:

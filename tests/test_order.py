@@ -4,7 +4,18 @@ import operator
 
 import pytest
 import torch
-from models import KINDS, LAYOUTS, ConvNormAct, Functional, Pair, data, fused, prepared, reasons
+from models import (
+    KINDS,
+    LAYOUTS,
+    ConvNormAct,
+    Functional,
+    Pair,
+    data,
+    fused,
+    in_train_mode,
+    prepared,
+    reasons,
+)
 from torch import nn
 from torch.nn import functional as F
 
@@ -128,6 +139,7 @@ STATE_CHANGES = {
 
 
 @pytest.mark.parametrize("case", STATE_CHANGES)
+@in_train_mode
 def test_parameters_or_statistics_changed_in_between(case):
     model = with_between(STATE_CHANGES[case])
     graph_module = fused(model, 0)
@@ -136,6 +148,7 @@ def test_parameters_or_statistics_changed_in_between(case):
         assert_equivalent(model, graph_module, data(2, 3, 5, 5))
 
 
+@in_train_mode
 def test_statistics_that_a_train_mode_norm_shares():
     """The same running mean in two batch norms: the one in Train mode changes it for the other."""
     model = with_between(lambda m, x: m.other(x.repeat(1, 2, 1, 1)[:, :4]))

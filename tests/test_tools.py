@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import timm
 import torch
-from models import data, modes, net, prepared, with_slow
+from models import data, in_train_mode, modes, net, prepared, with_slow
 from originals import pairs_run, with_frozen_norms
 from torch import nn
 from torch.nn import functional as F
@@ -269,6 +269,7 @@ def test_a_feature_extractor_goes_on_swapping_its_graphs(extracted):
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@in_train_mode
 def test_a_feature_extractor_of_a_tuned_model(extracted, training):
     model, nodes, pairs = extracted
     original = create_feature_extractor(model, nodes).train(training)
