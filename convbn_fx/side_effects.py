@@ -82,8 +82,9 @@ def _with_a_generator(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 @contextmanager
 def random_state_as_found() -> Iterator[None]:
-    """Puts back the states of Python's and NumPy's own generators, if something was drawn from them."""
+    """Puts back Python's and NumPy's generators, if something was drawn from them, and PyTorch's, if it was seeded."""
     state = random.getstate()
+    seed, torch_state = torch.initial_seed(), torch.get_rng_state()
     numpy: Any = sys.modules.get("numpy")  # if the forward draws from it, it is imported
     numpy_state: Any = None if numpy is None else numpy.random.get_state()
     try:
@@ -91,6 +92,8 @@ def random_state_as_found() -> Iterator[None]:
     finally:
         if random.getstate() != state:
             random.setstate(state)
+        if torch.initial_seed() != seed:  # what else changes it is another thread
+            torch.set_rng_state(torch_state)
         if numpy is not None and not all(map(numpy.array_equal, numpy.random.get_state(), numpy_state)):
             numpy.random.set_state(numpy_state)
 
