@@ -5,7 +5,6 @@ taken both ways, a loop over a tensor is short, an optional argument is left out
 before it raised counts as well.
 """
 
-import builtins
 import dis
 import gc
 import inspect
@@ -18,7 +17,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
-from functools import lru_cache
 from itertools import product
 from types import CodeType, FrameType, FunctionType, TracebackType
 from typing import Any, Final, NamedTuple
@@ -34,7 +32,7 @@ from convbn_fx.autocast import autocast_state
 from convbn_fx.exact_classes import functions_in
 from convbn_fx.function_calls import Site
 from convbn_fx.private_copy import PrivateCopy
-from convbn_fx.proxies import Proxy, StoredTensor
+from convbn_fx.proxies import Proxy, StoredTensor, is_ours_or_torchs, known_class, questions_of_class
 from convbn_fx.side_effects import attributes_as_found
 from convbn_fx.silence import silence
 from convbn_fx.time_limit import OutOfTime, time_limit
@@ -116,8 +114,8 @@ class _Guess(Proxy):
         PyTorch's C++ asks, too, and would take whatever says that it is a tensor for the memory of one.
         """
         asking = sys._getframe(1)
-        question = _questions_of_class(asking.f_code).get(asking.f_lasti)
-        if question is None or _is_ours_or_torchs(asking):
+        question = questions_of_class(asking.f_code).get(asking.f_lasti)
+        if question is None or is_ours_or_torchs(asking):
             return type(self)
         if question == "__class__":
             self.tracer.asked_for.add(self.node)
@@ -202,24 +200,6 @@ def _instruction(frame: FrameType, offset: int | None = None) -> tuple[str, int]
     return dis.opname[code[offset]], code[offset + 1]
 
 
-@lru_cache(maxsize=256)
-def _questions_of_class(code: CodeType) -> dict[int, str]:
-    """Where code asks for a class: the offset of each instruction that does, and whether by `isinstance`."""
-    instructions = [
-        (instruction, (instruction.positions.lineno, instruction.positions.col_offset))
-        for instruction in dis.get_instructions(code)
-        if instruction.positions is not None and instruction.positions.col_offset is not None
-    ]
-    begins = {place for instruction, place in instructions if instruction.argval == "isinstance"}
-    found = {}
-    for instruction, place in instructions:
-        if instruction.opname == "LOAD_ATTR" and instruction.argval == "__class__":
-            found[instruction.offset] = "__class__"
-        elif instruction.opname in ("CALL", "PRECALL") and place in begins:
-            found[instruction.offset] = "isinstance"
-    return found
-
-
 def _may_be_in_place(node: Node) -> bool:
     """Whether a node may change what it is given, by its name."""
     name = str(getattr(node.target, "__name__", node.target))
@@ -239,17 +219,13 @@ def _tracebacks(error: Exception) -> Iterator[TracebackType]:
 
 def _told(error: Exception) -> str:
     """An exception and its place in the model's own code, in one line."""
-    own = [step for step in _tracebacks(error) if not _is_ours_or_torchs(step.tb_frame)]
+    own = [step for step in _tracebacks(error) if not is_ours_or_torchs(step.tb_frame)]
     first_line, *_ = [*str(error).splitlines(), ""]
     told = f"{type(error).__name__}: {first_line[:150]}"
     if not own:
         return told
     code = own[-1].tb_frame.f_code
     return f"{code.co_qualname}, {code.co_filename}:{own[-1].tb_lineno}: {told}"
-
-
-def _is_ours_or_torchs(frame: FrameType) -> bool:
-    return str(frame.f_globals.get("__name__")).startswith(("torch.", "convbn_fx."))
 
 
 class _FunctionsOfGuesses(TorchFunctionMode):
@@ -323,7 +299,7 @@ class _Explorer(Tracer):
             operation, argument = _instruction(innermost.tb_frame, innermost.tb_lasti)
             if operation == "UNPACK_SEQUENCE":
                 self.needed_length = argument
-            raises = operation == "RAISE_VARARGS" and not _is_ours_or_torchs(innermost.tb_frame)
+            raises = operation == "RAISE_VARARGS" and not is_ours_or_torchs(innermost.tb_frame)
             return "" if raises and not self.has_guessed_a_number else _told(error)
         return ""
 
@@ -360,7 +336,7 @@ class _Explorer(Tracer):
     def class_of(self, node: Node) -> type | None:
         """The class of what a node stands for: a tensor, and on another way something else, where it is not known."""
         if node not in self.classes:
-            known = _known_class(node, self.root)
+            known = known_class(node, self.root)
             self.classes[node] = known or (Tensor if self._decision() else None)
         return self.classes[node]
 
@@ -466,35 +442,6 @@ class _Explorer(Tracer):
             if name and frame.f_locals.get(frame.f_code.co_varnames[0]) is self.root:
                 yield self.frames.setdefault(frame, len(self.frames)), name
             frame = frame.f_back
-
-
-_CLASSES_OF_METADATA: Final = {"shape": torch.Size, "size": torch.Size, "ndim": int, "dim": int, "numel": int}
-
-
-def _known_class(node: Node, root: nn.Module) -> type | None:
-    """The class of what a node stands for, where that is beyond doubt."""
-    match node.op, node.target, node.args:
-        case "get_attr", _, _:
-            return Tensor
-        case "call_module", name, _:
-            module = root.get_submodule(str(name))
-            known = kinds.convolution_kind(module) or kinds.batch_norm_kind(module)
-            return None if known is None else Tensor
-        case "call_method", "size", (_, *dimensions) if dimensions or node.kwargs:
-            return int
-        case ("call_method", name, _) | ("call_function", builtins.getattr, (_, name)):
-            return _CLASSES_OF_METADATA.get(str(name))
-        case "call_function", operator.getitem, (Node() as owner, int()) if _is_size(owner, root):
-            return int
-        case "call_function", operator.getitem, (Node() as owner, _) if _is_size(owner, root):
-            return torch.Size
-        case "call_function", function, _ if function in kinds.CONVOLUTION_FUNCTIONS:
-            return Tensor
-    return None
-
-
-def _is_size(node: Node, root: nn.Module) -> bool:
-    return _known_class(node, root) is torch.Size
 
 
 class _Variant(NamedTuple):

@@ -1,16 +1,32 @@
 """What stands for tensors while a forward is traced."""
 
+import builtins
+import dis
 import operator
+import sys
 from collections.abc import Callable
+from functools import lru_cache
+from types import CodeType, FrameType
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Node
+
+from convbn_fx import kinds
 
 
 class Proxy(torch.fx.Proxy):
     """A proxy for which augmented assignment is what it is for tensors: a change in place, seen by every alias."""
+
+    @property  # type: ignore[misc] # which is how an object passes for one of another class
+    def __class__(self) -> Any:
+        """The class of what it stands for, to a forward that asks by `isinstance`; else its own."""
+        asking = sys._getframe(1)
+        if is_ours_or_torchs(asking) or questions_of_class(asking.f_code).get(asking.f_lasti) != "isinstance":
+            return type(self)
+        tracer: Any = self.tracer
+        return tracer.class_of(self.node)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("tracer", "node") and hasattr(Tensor, name):  # such as data, grad
@@ -80,3 +96,55 @@ _METADATA: Final = frozenset(
         "numel",
     )
 )
+
+
+@lru_cache(maxsize=256)
+def questions_of_class(code: CodeType) -> dict[int, str]:
+    """Where code asks for a class: the offset of each instruction that does, and whether by `isinstance`."""
+    instructions = [
+        (instruction, (instruction.positions.lineno, instruction.positions.col_offset))
+        for instruction in dis.get_instructions(code)
+        if instruction.positions is not None and instruction.positions.col_offset is not None
+    ]
+    begins = {place for instruction, place in instructions if instruction.argval == "isinstance"}
+    found = {}
+    for instruction, place in instructions:
+        if instruction.opname == "LOAD_ATTR" and instruction.argval == "__class__":
+            found[instruction.offset] = "__class__"
+        elif instruction.opname in ("CALL", "PRECALL") and place in begins:
+            found[instruction.offset] = "isinstance"
+    return found
+
+
+def is_ours_or_torchs(frame: FrameType) -> bool:
+    """Whether code of this library or of PyTorch is running."""
+    return str(frame.f_globals.get("__name__")).startswith(("torch.", "convbn_fx."))
+
+
+_CLASSES_OF_METADATA: Final = {"shape": torch.Size, "size": torch.Size, "ndim": int, "dim": int, "numel": int}
+
+
+def known_class(node: Node, root: nn.Module) -> type | None:
+    """The class of what a node stands for, where that is beyond doubt."""
+    match node.op, node.target, node.args:
+        case "get_attr", _, _:
+            return Tensor
+        case "call_module", name, _:
+            module = root.get_submodule(str(name))
+            known = kinds.convolution_kind(module) or kinds.batch_norm_kind(module)
+            return None if known is None else Tensor
+        case "call_method", "size", (_, *dimensions) if dimensions or node.kwargs:
+            return int
+        case ("call_method", name, _) | ("call_function", builtins.getattr, (_, name)):
+            return _CLASSES_OF_METADATA.get(str(name))
+        case "call_function", operator.getitem, (Node() as owner, int()) if _is_size(owner, root):
+            return int
+        case "call_function", operator.getitem, (Node() as owner, _) if _is_size(owner, root):
+            return torch.Size
+        case "call_function", function, _ if function in kinds.CONVOLUTION_FUNCTIONS:
+            return Tensor
+    return None
+
+
+def _is_size(node: Node, root: nn.Module) -> bool:
+    return known_class(node, root) is torch.Size

@@ -23,7 +23,7 @@ from torch.fx import Graph, Node
 from convbn_fx import kinds, libraries
 from convbn_fx.graph_module import GraphModule
 from convbn_fx.private_copy import PrivateCopy, private_copy
-from convbn_fx.proxies import Proxy, StoredTensor
+from convbn_fx.proxies import Proxy, StoredTensor, known_class
 
 
 class TracingError(RuntimeError):
@@ -70,6 +70,7 @@ class Tracer(torch.fx.Tracer):
         self.culprit: str | None = None  # the innermost module in which tracing failed
         self.private: PrivateCopy
         self.reads: dict[str, torch.fx.Proxy] = {}
+        self.expected: set[Node] = set()
 
     def trace(
         self,
@@ -205,6 +206,16 @@ class Tracer(torch.fx.Tracer):
             if self.culprit is None:
                 self.culprit = self.path_of_module(m)
             raise
+
+    def class_of(self, node: Node) -> type | None:
+        """The class of what a node stands for: where it is not known, a tensor, and the graph checks that it is."""
+        known = known_class(node, self.root)
+        if known is None and node not in self.expected:
+            self.expected.add(node)
+            told = f"{node.name} is no tensor, which it was taken for when the model was traced"
+            is_tensor = self.create_node("call_function", torch.is_tensor, (node,), {})
+            self.create_node("call_function", torch._assert, (is_tensor, told), {})
+        return known or Tensor
 
     def check_leaves(self) -> None:
         """Raises if the forward has computed what a leaf uses: the graph would not."""

@@ -449,3 +449,27 @@ def test_a_class_with_a_call_of_its_own(change):
 def test_a_root_whose_class_has_a_call_of_its_own():
     with pytest.raises(convbn_fx.TracingError, match=r"CalledContainer cannot be traced(?s:.*)__call__"):
         symbolic_trace(prepared(CalledContainer(Pair())))
+
+
+ASKING = {
+    "isinstance": lambda m, x: m.norm(m.conv(x)) if isinstance(x, torch.Tensor) else x,
+    "not isinstance": lambda m, x: None if not isinstance(x, torch.Tensor) else m.norm(m.conv(x)),
+    "several classes": lambda m, x: m.norm(m.conv(x)) if isinstance(x, (torch.Tensor, str)) else x,
+    "is_tensor": lambda m, x: m.norm(m.conv(x)) if torch.is_tensor(x) else x,
+    "a list": lambda m, x: x if isinstance(x, list) else m.norm(m.conv(x)),
+    "an output": lambda m, x: m.norm(y) if isinstance(y := m.conv(x), torch.Tensor) else y,
+    "a size": lambda m, x: m.norm(m.conv(x)) * (0 if isinstance(x.shape[0], torch.Tensor) else x.size(1)),
+    "what is computed": lambda m, x: m.norm(m.conv(y if isinstance(y := x.sin(), torch.Tensor) else x)),
+    "a parameter": lambda m, x: m.norm(m.conv(x)) * isinstance(m.conv.weight, torch.Tensor),
+}
+
+
+@pytest.mark.parametrize("asking", ASKING)
+def test_a_forward_that_asks_for_classes(asking):
+    model = prepared(Pair(forward=ASKING[asking]))
+    graph_module = fused(model)
+    assert_equivalent(model, graph_module, X)
+    graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
+    with pytest.raises((AssertionError, TypeError, AttributeError)):
+        graph_module([X])
