@@ -134,6 +134,11 @@ def _walk(
     return reached, holders
 
 
+def reached_from(value: Any) -> set[int]:
+    """Ids of all that a value leads to, registered in a module or not."""
+    return set(_walk([value], _references)[0])
+
+
 def _references(value: Any) -> list[Any]:
     """What an object refers to, whatever its class."""
     cls = type(value)  # a weak proxy passes for what it refers to

@@ -14,6 +14,7 @@ from torch.fx import Node
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from convbn_fx import kinds
+from convbn_fx.copying import reached_from
 from convbn_fx.exact_classes import Question, questions_in
 from convbn_fx.exploration import Ends, GuessedTensor, Way, explore, kept_by_someone
 from convbn_fx.function_calls import Site
@@ -160,7 +161,7 @@ def _asked_for(
     """The batch norms of pairs, of whose modules code around them asks whether they are exactly of a class."""
     found = {}
     for asking, question in questions:
-        parts = {id(part) for part in asking.modules()}
+        parts = reached_from(asking)
         for pair in pairs:
             names = (pair.record.batch_norm, pair.record.convolution, pair.owner)
             members = [model.get_submodule(name) for name in names if identity(model, name) != name]

@@ -102,6 +102,16 @@ def test_only_what_the_code_can_look_at_stays():
     assert_equivalent(model, tuned, X)
 
 
+def test_what_it_can_look_at_need_not_be_registered():
+    """A question about a convolution in a tuple; the pair that it is in belongs to another module."""
+    asking, running = built(of_the_norm), prepared(Pair())
+    asking.norm = nn.Identity()
+    asking.norms = (running.norm,)
+    type(asking).forward = lambda m, x: x + (type(m.norms[0]) is nn.BatchNorm2d)
+    model = nn.Sequential(running, asking)
+    assert_equivalent(model, tuned_with(model, 0), X)
+
+
 def named(m, x):
     y = m.norm(m.conv(x))
     assert m.__class__.__name__ == "Built"

@@ -42,19 +42,14 @@ from trees import (
 
 import convbn_fx
 
-#: Not drawn as long as it does not hold: what a forward prints while it is explored is seen.
-TUNED = Features().without(functions=["print"])
+TUNED = Features()
 #: Likewise: other methods than `forward`, keyword arguments and identities are not followed, weak proxies raise.
 DEPLOYED = Features(public=False).without(
-    held=["proxy"], functions=["print"], conditions=["keyword", "dtype is"], around=["public method"]
+    held=["proxy"], conditions=["keyword", "dtype is"], around=["public method"]
 )
-#: Where Python asks nobody what a value is, a trace bakes in one way, as docs/limits.md says. Others do not hold yet:
-#: the class of a proxy, and a weight that is computed when another forward reads it.
-TRACED = Features().without(
-    convs=["InterceptedConv"],
-    functions=["return unless isinstance", "return unless is_tensor"],
-    conditions=["option", "keyword", "dtype is", "isinstance", "is_tensor"],
-)
+#: Where Python asks nobody what a value is, a trace bakes in one way, as docs/limits.md says. It does not hold yet for
+#: a weight that is computed when another forward reads it.
+TRACED = Features().without(convs=["InterceptedConv"], conditions=["option", "keyword", "dtype is"])
 
 
 # --- What a user does --------------------------------------------------------------------------------------------
