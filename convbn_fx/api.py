@@ -3,12 +3,13 @@
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from convbn_fx.baking import Baked, bake, bake_graph, skipped
+from convbn_fx.checking import check_example_inputs, check_outputs
 from convbn_fx.cloning import Model, clone, untuned_class
 from convbn_fx.compiled_reports import compiled_report
 from convbn_fx.discovery import Discovery, Explored, OwnedPair, discover
@@ -21,6 +22,7 @@ from convbn_fx.private_copy import private_copy
 from convbn_fx.records import Refusal, Report, Skip, SkipReason, without_wrappers
 from convbn_fx.rewriting import copied, rewrite, unfuse
 from convbn_fx.roles import REPORT, STAYS_IN_EVAL_MODE
+from convbn_fx.untaken import CodeRun
 from convbn_fx.uses import doubts, goes_another_way
 
 META_KEY: Final = "convbn_fx"
@@ -231,24 +233,38 @@ def _linked(model: Model, names: Iterable[str], found: Discovery) -> Model:
     return model
 
 
-def deploy(model: Model, modules: Iterable[str] | None = None) -> Model:
+@torch.inference_mode(False)  # what is made in it could neither train nor be loaded into
+def deploy(
+    model: Model,
+    modules: Iterable[str] | None = None,
+    *,
+    example_inputs: Tensor | tuple[Any, ...] | dict[str, Any] | None = None,
+) -> Model:
     """The same model for inference and export, with Eval-mode batch norms baked into their convolutions (Deploy mode).
 
     Where a pair was, there is a plain `nn.Conv*d` or `nn.Linear` with parameters of its own, and `nn.Identity` (or
-    the activation that was part of it) in the place of the batch norm. Outputs are those of Eval mode. Training the
-    result is possible and unstable: weights and gradients scale inversely (arXiv 2305.11624, section 3).
+    the activation that was part of it) in the place of the batch norm; attributes that are no tensors are kept. Outputs
+    are those of Eval mode. What cannot be proved to be used as that pair alone stays as [`tune`][convbn_fx.tune] makes
+    it, and is told in the report. Training the result is possible and unstable: weights and gradients scale
+    inversely (arXiv 2305.11624, section 3). A weight trains if the convolution's did, a bias if the convolution's or
+    the batch norm's did.
 
     Args:
         model: Any model in Eval mode, as it was built or tuned. It is left untouched.
         modules: Names of the sub-modules to deploy; all by default.
+        example_inputs: Recommended: a tensor, a tuple of positional arguments or a dictionary of keyword arguments.
+            The result and `model` are then called with them once, without gradients and with everything but batch
+            norms in Eval mode. Both are left as they were, and so are buffers and random numbers.
 
     Returns:
         A model of the same class, which shares with `model` only what was not folded.
         [`report`][convbn_fx.report] tells what was folded in it.
 
     Raises:
-        TypeError: `model` is not a module, or `modules` is a single string.
-        ValueError: One of `modules` names no sub-module.
+        TypeError: `model` is not a module, or is wrapped in `DistributedDataParallel`; `modules` is a single string;
+            `example_inputs` is something else.
+        ValueError: One of `modules` names no sub-module; or an output for `example_inputs` differs beyond rounding,
+            which is told with its place in what the model returns.
 
     Example:
         ```python
@@ -263,6 +279,12 @@ def deploy(model: Model, modules: Iterable[str] | None = None) -> Model:
         ```
     """
     names = selected(model, modules, "deploy")
+    check_example_inputs(example_inputs)
+    if any(isinstance(part, nn.parallel.DistributedDataParallel) for part in model.modules()):
+        raise TypeError(
+            "deploy: the model is wrapped in DistributedDataParallel, which holds on to its parameters. Deploy what is "
+            "inside: deploy(model.module)"
+        )
     deployed = clone(model)
     for name, module in list(deployed.named_modules()):
         if isinstance(module, GraphModule) and _is_inside(name, names):
@@ -274,16 +296,20 @@ def deploy(model: Model, modules: Iterable[str] | None = None) -> Model:
                 [replace(pair, is_baked=True) for pair in fused if pair.batch_norm not in left],
                 others + skips,
             )
-    _baked(deployed, names, discover(deployed))
+    with CodeRun() as code:
+        found = discover(deployed)
+    _baked(deployed, names, found, code)
     _warn_of_train_mode("deploy", deployed, names, "call eval() on the model first")
+    if example_inputs is not None:
+        check_outputs(model, deployed, example_inputs)
     return deployed
 
 
-def _baked(model: Model, names: Iterable[str], found: Discovery) -> Model:
+def _baked(model: Model, names: Iterable[str], found: Discovery, code: CodeRun) -> Model:
     """Bakes the pairs that were found in this very model, inside its modules with these names, and links the others."""
     chosen = [pair for pair in found.pairs if _is_inside(pair.owner, names)]
     of_modules = [pair for pair in chosen if pair.site is None and not pair.to_function]
-    baked, skips = bake(model, of_modules, doubts(model, found.explored, of_modules))
+    baked, skips = bake(model, of_modules, doubts(model, found, of_modules, code))
     skips += [
         Skip(pair.record.batch_norm, SkipReason.FUNCTION_CALL) for pair in chosen if pair not in of_modules
     ]
@@ -335,8 +361,9 @@ def tuned_and_deployed(model: Model) -> tuple[Model, Model]:
         # Their graphs are rewritten, in two ways, before the rest is explored.
         return tune(model), deploy(model)
     tuned, deployed = clone(model), clone(model)
-    found = discover(deployed)
-    return _linked(tuned, [""], found), _baked(deployed, [""], found)
+    with CodeRun() as code:
+        found = discover(deployed)
+    return _linked(tuned, [""], found), _baked(deployed, [""], found, code)
 
 
 def _warn_of_train_mode(function: str, model: nn.Module, names: Iterable[str], cure: str) -> None:

@@ -57,16 +57,16 @@ class Explored:
     """The forward of a module, as it was explored.
 
     Attributes:
-        name: Qualified name of the module.
         module: The module.
         ways: The ways through its forward.
         matches: For each way, the pairs on it.
+        method: Name of the method, if it is another than the forward.
     """
 
-    name: str
     module: nn.Module
     ways: list[Way]
     matches: list[list[Match]]
+    method: str = "forward"
 
 
 @dataclass
@@ -77,11 +77,15 @@ class Discovery:
         pairs: The pairs, in the order of the forwards.
         skips: A `Skip` for every Eval-mode batch norm that is in no pair.
         explored: The forwards, children first.
+        ends: How the forwards begin and end.
+        originals: The model's module for each module of the copy that was explored.
     """
 
     pairs: list[OwnedPair]
     skips: list[Skip]
     explored: list[Explored]
+    ends: Ends
+    originals: dict[nn.Module, nn.Module]
 
 
 def discover(model: nn.Module, include_training: bool = False) -> Discovery:
@@ -104,7 +108,7 @@ def discover(model: nn.Module, include_training: bool = False) -> Discovery:
     with private_copy(model, GuessedTensor) as private:
         # Children first: how their forwards begin and end decides whether their parent looks inside them.
         for name, module in _with_forwards_of_their_own(model):
-            explored.append(Explored(name, module, explore(module, ends, private), []))
+            explored.append(Explored(module, explore(module, ends, private), []))
             for way in explored[-1].ways:
                 ends.learn(way)
                 way.broke_off = way.broke_off or _misled(way, questions)
@@ -136,6 +140,8 @@ def discover(model: nn.Module, include_training: bool = False) -> Discovery:
         sorted(pairs.values(), key=lambda pair: place[pair.owner]),
         sorted(left, key=lambda skip: place[skip.batch_norm.rpartition(".")[0]]),
         explored,
+        ends,
+        private.originals,
     )
 
 

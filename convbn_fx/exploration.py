@@ -457,33 +457,41 @@ def kept_by_someone(*_: Any) -> None:
     """Stands for whoever reads what a forward has left behind."""
 
 
-def explore(root: nn.Module, ends: "Ends", private: PrivateCopy) -> list[Way]:
+def module_called(value: object) -> nn.Module | None:
+    """The module of whose call a value stands for the output, while a forward is explored."""
+    if type(value) is not _Guess or value.node.op != "call_module":
+        return None
+    return value.tracer.private.originals.get(value.tracer.root.get_submodule(str(value.node.target)))
+
+
+def explore(root: nn.Module, ends: "Ends", private: PrivateCopy, method: str = "forward") -> list[Way]:
     """Explores a module's forward, and inside those children whose border a pair may cross.
 
     Args:
         root: The module.
         ends: What is known of its children.
         private: The copy of the model to run it in.
+        method: Name of another method that is to be explored.
 
     Returns:
         The ways through it.
     """
     opened: frozenset[str] = frozenset()
     while True:
-        ways = _ways(root, opened, private)
+        ways = _ways(root, opened, private, method)
         crossed = {name for way in ways for name in ends.crossed(way)}
         if crossed <= opened:
             return ways
         opened |= crossed
 
 
-def explore_again(ways: list[Way], private: PrivateCopy) -> list[Way]:
-    """Explores the forward that these ways lead through once more."""
-    return _ways(ways[0].root, ways[0].opened, private)
+def explore_again(ways: list[Way], private: PrivateCopy, method: str = "forward") -> list[Way]:
+    """Explores the forward, or other method, that these ways lead through once more."""
+    return _ways(ways[0].root, ways[0].opened, private, method)
 
 
-def _ways(root: nn.Module, opened: frozenset[str], private: PrivateCopy) -> list[Way]:
-    parameters = list(inspect.signature(type(root).forward).parameters.values())[1:]
+def _ways(root: nn.Module, opened: frozenset[str], private: PrivateCopy, method: str) -> list[Way]:
+    parameters = list(inspect.signature(getattr(type(root), method)).parameters.values())[1:]
     optional = [parameter.name for parameter in parameters if parameter.default is not parameter.empty]
     given_together = {frozenset[str](), frozenset(optional), *(frozenset({name}) for name in optional)}
     variants = product(
@@ -496,6 +504,7 @@ def _ways(root: nn.Module, opened: frozenset[str], private: PrivateCopy) -> list
     while pending and len(ways) < _WAYS and (not ways or time.monotonic() < end):
         variant = pending.pop(0)
         explorer = _Explorer(opened, variant, names)
+        explorer.traced_func_name = method
         copied = private.copies[root]
         with (
             silence(),

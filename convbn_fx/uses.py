@@ -17,48 +17,66 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from convbn_fx import kinds
-from convbn_fx.discovery import Explored, OwnedPair
-from convbn_fx.exploration import Way, explore_again, kept_by_someone
-from convbn_fx.private_copy import PrivateCopy
+from convbn_fx.discovery import Discovery, Explored, OwnedPair
+from convbn_fx.exploration import GuessedTensor, Way, explore, explore_again, kept_by_someone
+from convbn_fx.matching import find_pairs_in
+from convbn_fx.private_copy import PrivateCopy, private_copy
 from convbn_fx.records import Refusal, SkipReason
+from convbn_fx.untaken import CodeRun
 
 
-def doubts(model: nn.Module, explored: list[Explored], pairs: Iterable[OwnedPair]) -> dict[int, Refusal]:
+def doubts(
+    model: nn.Module, found: Discovery, pairs: Iterable[OwnedPair], code: CodeRun
+) -> dict[int, Refusal]:
     """Which convolutions and batch norms of pairs may also be used in another way.
 
     Args:
         model: The model that was explored.
-        explored: Its forwards.
+        found: What its forwards do.
         pairs: The pairs that are to be baked, of modules.
+        code: What of the model's code ran while it was explored.
 
     Returns:
         For each such module, by id, who may use it.
     """
-    pairs = list(pairs)
-    members = {
-        (id(model.get_submodule(pair.record.convolution)), id(model.get_submodule(pair.record.batch_norm)))
+    members = [
+        (model.get_submodule(pair.record.convolution), model.get_submodule(pair.record.batch_norm))
         for pair in pairs
-    }
-    found = {
+    ]
+    explored = found.explored + _other_methods(model, found, code)
+    uses = _Uses(model, explored, {(id(conv), id(norm)) for conv, norm in members})
+    refusals = {
         identity: Refusal(SkipReason.CONVOLUTION_OUTPUT_USED_ELSEWHERE, detail)
-        for identity, detail in _Uses(model, explored, members).apart.items()
+        for identity, detail in uses.apart.items()
     }
-    graph = _References(model)
-    followed = {id(each.module): each for each in explored}
+    for (
+        conv,
+        norm,
+    ) in members:  # where each of several batch norms becomes a convolution, there is no such output
+        if id(conv) in uses.read and any(conv is other and norm is not its for other, its in members):
+            refusals.setdefault(id(conv), Refusal(SkipReason.SHARED, "the shape of its output is read"))
+    code.originals = found.originals
+    possible = code.uses({id(each.module) for each in found.explored if not _are_all(each)})
+    references = _References(model)
+    followed = {id(each.module): each for each in found.explored}
     owners = {id(model.get_submodule(pair.owner)) for pair in pairs}
-    for module in _unique(
-        model.get_submodule(name)
-        for pair in pairs
-        for name in (pair.record.convolution, pair.record.batch_norm)
-    ):
-        doubt = graph.doubt(module, followed, owners)
+    for module in {id(module): module for pair in members for module in pair}.values():
+        doubt = possible.get(id(module)) or references.doubt(module, followed, owners)
         if doubt:
-            found.setdefault(id(module), Refusal(SkipReason.MAY_BE_USED_ELSEWHERE, doubt))
-    return found
+            refusals.setdefault(id(module), Refusal(SkipReason.MAY_BE_USED_ELSEWHERE, doubt))
+    return refusals
 
 
-def _unique(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    return list({id(module): module for module in modules}.values())
+def _other_methods(model: nn.Module, found: Discovery, code: CodeRun) -> list[Explored]:
+    """Methods that run a part of a module, and that somebody may call in the place of its forward."""
+    others = []
+    with private_copy(model, GuessedTensor) as private:
+        for module in (each.module for each in found.explored):
+            for name in code.methods_that_did_not_run(module):
+                ways = explore(module, found.ends, private, name)
+                matches = [find_pairs_in(way.graph, module)[0] for way in ways]
+                others.append(Explored(module, ways, matches, name))
+    return others
 
 
 # --- Uses that were seen -----------------------------------------------------------------------------------------
@@ -74,10 +92,12 @@ class _Uses:
 
     Attributes:
         apart: For each module, by id, who uses it apart.
+        read: Ids of the convolutions of pairs whose output is looked at before it is normalised.
     """
 
     def __init__(self, model: nn.Module, explored: list[Explored], pairs: set[tuple[int, int]]) -> None:
         self.apart: dict[int, str] = {}
+        self.read: set[int] = set()
         self.pairs = pairs
         self.holders: defaultdict[int, list[int]] = defaultdict(list)  # of tensors
         for module in model.modules():
@@ -109,7 +129,10 @@ class _Uses:
             if node.op == "get_attr":  # the forward reads a parameter itself
                 for identity in self.holders[id(_tensor(str(node.target), root))]:
                     self.apart.setdefault(identity, f"{node.target} is read in {_told(root)}")
-            elif node.op == "call_module" and node not in paired:
+            elif node in paired:
+                if len(node.users) > 1 and any(user in paired for user in node.users):
+                    self.read.add(id(root.get_submodule(str(node.target))))
+            elif node.op == "call_module":
                 self.calls.append((root.get_submodule(str(node.target)), node, each))
 
     def _resolve_ends(self, model: nn.Module, explored: list[Explored]) -> None:
@@ -118,8 +141,9 @@ class _Uses:
         while True:
             before = sum(map(len, (*self.last.values(), *self.first.values())))
             for module, node, each in self.calls:
-                is_last = {user.op for user in node.users} <= {"output"}
-                is_first = {source.op for source in node.all_input_nodes} <= {"placeholder"}
+                is_last = each.method == "forward" and {user.op for user in node.users} <= {"output"}
+                sources = {source.op for source in node.all_input_nodes}
+                is_first = each.method == "forward" and sources <= {"placeholder"}
                 self._hand_on(self._lasts(module), is_last, self.last[id(each.module)], each)
                 self._hand_on(self._firsts(module), is_first, self.first[id(each.module)], each)
             if before == sum(map(len, (*self.last.values(), *self.first.values()))):
@@ -176,7 +200,7 @@ def _are_all(explored: Explored) -> bool:
 
 def goes_another_way(explored: Explored, private: PrivateCopy) -> bool:
     """Whether a forward, explored again, is not the one it was: it looks at what was exchanged."""
-    again = explore_again(explored.ways, private)
+    again = explore_again(explored.ways, private, explored.method)
     return list(map(_written, again)) != list(map(_written, explored.ways))
 
 
@@ -232,7 +256,7 @@ class _References:
                 continue
             known[id(value)] = value
             for target in _targets(value):
-                if not isinstance(target, _NOT_ENTERED) and target is not None:
+                if not issubclass(type(target), _NOT_ENTERED) and target is not None:
                     self.sources[id(target)].append(value)
                     todo.append(target)
         self.kept_alive = known
@@ -255,7 +279,9 @@ class _References:
                 if id(source) not in known:
                     known.add(id(source))
                     todo.append(source)
-                    if isinstance(source, (nn.Module, _HooksOf)):
+                    if issubclass(
+                        type(source), (nn.Module, _HooksOf)
+                    ):  # a weak proxy passes for what it stands for
                         yield source
 
     def _doubt_about(self, module: Any, target: Any, followed: dict[int, Explored], owners: set[int]) -> str:
@@ -265,6 +291,8 @@ class _References:
             return ""
         if id(target) not in self._inside(module):
             return f"{_told(module)} reaches it, and is not around it"
+        if id(module) not in followed:
+            return f"{_told(module)}, whose forward was not explored, is around it"
         if id(module) in owners and not _are_all(followed[id(module)]):
             return f"{_told(module)} could not be followed to its end"
         return ""
@@ -280,7 +308,7 @@ class _References:
 
 def _runs_only_what_it_is_known_for(module: nn.Module) -> bool:
     """Whether the module's own forward uses nothing but its own parameters, or there is none."""
-    if "forward" in vars(module):
+    if vars(module).get("forward") is not None:
         return False
     known = kinds.convolution_kind(module) is not None or kinds.batch_norm_kind(module) is not None
     if known or type(module).forward is nn.Module.forward:
@@ -294,6 +322,8 @@ def _told(module: nn.Module) -> str:
 
 def _targets(value: Any) -> Iterable[Any]:
     """What a value refers to, in ways that a forward can follow."""
+    if isinstance(value, weakref.ProxyTypes):
+        return [value.__repr__.__self__]
     if isinstance(value, Tensor):
         return ()
     if isinstance(value, nn.Module):
@@ -306,8 +336,6 @@ def _targets(value: Any) -> Iterable[Any]:
         return [value.__closure__, value.__defaults__, value.__kwdefaults__, value.__dict__]
     if isinstance(value, weakref.ReferenceType):
         return [value()]
-    if isinstance(value, weakref.ProxyTypes):
-        return [value.__repr__.__self__]
     return gc.get_referents(value)
 
 

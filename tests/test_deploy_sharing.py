@@ -1,5 +1,6 @@
 """deploy: who else uses a convolution or a batch norm is judged by identity, over every way to reach them."""
 
+import enum
 import functools
 import weakref
 
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from convbn_fx import deploy, report, symbolic_trace, transform, tune
+from convbn_fx import baking, deploy, report, symbolic_trace, transform, tune
 
 X = data(2, 3, 6, 6)
 
@@ -333,6 +334,184 @@ def test_a_shape_that_is_unpacked_before_another_use():
     torch.manual_seed(0)
     model = prepared(Unpacking())
     assert_same(model, deploy(model), X)
+
+
+class Mode(enum.Enum):
+    FULL = 1
+    RAW = 2
+
+
+#: Forwards that ask what no tensor stands for, and the keyword argument that makes them use one of the two alone.
+QUESTIONS = {
+    "an enum": (
+        lambda self, x, mode=Mode.FULL: self.conv(x) if mode is Mode.RAW else self.norm(self.conv(x)),
+        Mode.RAW,
+    ),
+    "a class": (
+        lambda self, x, mode=None: self.norm(x) if isinstance(mode, str) else self.norm(self.conv(x)),
+        "raw",
+    ),
+    "a class of numbers": (
+        lambda self, x, mode=0.5: self.conv(x) * mode if type(mode) is int else self.norm(self.conv(x)),
+        2,
+    ),
+    "keywords": (lambda self, x, **kwargs: self.conv(x) if "mode" in kwargs else self.norm(self.conv(x)), 1),
+    "a keyword": (
+        lambda self, x, **kwargs: self.conv(x) if kwargs.get("mode") else self.norm(self.conv(x)),
+        1,
+    ),
+    "a dtype": (
+        lambda self, x, mode=0: self.norm(self.conv(x)) + (0 if x.dtype is torch.float32 else self.norm(x)),
+        1,
+    ),
+}
+
+
+def raw_output(self, x, mode=None):
+    y = self.conv(x)
+    if isinstance(mode, str):
+        return y
+    return self.norm(y)
+
+
+@pytest.mark.parametrize("question", [*QUESTIONS, "the output"])
+def test_a_question_that_decides_on_another_use(question):
+    class Asking(Pair):
+        forward, argument = QUESTIONS.get(question, (raw_output, "raw"))
+
+    torch.manual_seed(0)
+    model = prepared(Asking(*conv_norm(3, 3)))
+    deployed = deploy(model)
+    assert not report(deployed).fused
+    assert_same(model, deployed, X)
+    torch.testing.assert_close(deployed(X, mode=Asking.argument), model(X, mode=Asking.argument))
+
+
+def test_a_question_that_decides_on_something_else():
+    class Asking(Pair):
+        def forward(self, x, mode=None):
+            x = self.norm(self.conv(x))
+            if isinstance(mode, str):
+                x = x.relu()
+            return x if mode is Mode.RAW else x.sin()
+
+    torch.manual_seed(0)
+    model = prepared(Asking())
+    assert len(report(deploy(model)).fused) == 1
+    assert_same(model, deploy(model), X)
+
+
+class WithMethods(Pair):
+    def embed(self, x):
+        return self.conv(x).sin()
+
+    def normalised(self, x):
+        return self.norm(x)
+
+    def both(self, x):
+        return self.norm(self.conv(x)).sin()
+
+
+@pytest.mark.parametrize("kept", ["embed", "normalised", "both"])
+def test_another_public_method(kept):
+    removed = {name: None for name in ("embed", "normalised", "both") if name != kept}
+    cls = type("WithOneMethod", (WithMethods,), removed)
+    torch.manual_seed(0)
+    model = prepared(cls(*conv_norm(3, 3)))
+    deployed = deploy(model)
+    assert len(report(deployed).fused) == (kept == "both")
+    assert_same(model, deployed, X)
+    torch.testing.assert_close(getattr(deployed, kept)(X), getattr(model, kept)(X))
+
+
+def test_the_method_for_when_the_batch_norm_is_gone():
+    """What takes the forward's place once it was fused, by the convention of many libraries: it is, now."""
+
+    class Fusable(Pair):
+        def forward_fuse(self, x):
+            return self.conv(x)
+
+    torch.manual_seed(0)
+    model = prepared(Fusable())
+    deployed = deploy(model)
+    assert len(report(deployed).fused) == 1
+    torch.testing.assert_close(deployed.forward_fuse(X), model(X))
+
+
+def test_the_shape_of_an_output_that_several_batch_norms_follow():
+    def forward(self, x):
+        y = self.conv(x)
+        z = self.norm(y) * y.shape[1]
+        y = self.conv(x.sin())
+        return z + self.norm2(y) * y.shape[2]
+
+    torch.manual_seed(0)
+    model = Pair(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), forward)
+    model.norm2 = nn.BatchNorm2d(5)
+    prepared(model)
+    assert_same(model, deploy(model), X)
+
+
+# --- Example inputs -----------------------------------------------------------------------------------------------
+
+
+class Outputs(Pair):
+    def forward(self, x, scale=1.0):
+        return {"features": [self.norm(self.conv(x)) * scale, x]}
+
+
+@pytest.mark.parametrize(
+    "inputs", [X, (X,), (X, 2.0), {"x": X, "scale": 3.0}], ids=["tensor", "1", "2", "keywords"]
+)
+def test_example_inputs(inputs):
+    torch.manual_seed(0)
+    model = prepared(Outputs())
+    model.drop = nn.Dropout()
+    model.drop.train()
+    before = torch.get_rng_state()
+    deployed = deploy(model, example_inputs=inputs)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.drop.training
+    assert deployed.drop.training
+    assert_same(model, deployed, X)
+
+
+def test_example_inputs_that_tell_a_wrong_model(monkeypatch):
+    monkeypatch.setattr(baking, "fold", lambda conv, norm: (conv.weight * 2, norm.running_mean))
+    torch.manual_seed(0)
+    model = prepared(Outputs())
+    with pytest.raises(ValueError, match=r"output\['features'\]\[0\] is off by .* tune\(model\)"):
+        deploy(model, example_inputs=(X,))
+    deploy(model)
+
+
+def test_example_inputs_of_another_type():
+    with pytest.raises(TypeError, match=r"list.*\(x,\)"):
+        deploy(prepared(Pair()), example_inputs=[X])
+
+
+# --- Around the model ---------------------------------------------------------------------------------------------
+
+
+def test_deployed_in_inference_mode_and_used_afterwards():
+    torch.manual_seed(0)
+    model = prepared(nn.Sequential(*conv_norm(3, 3), nn.ReLU(), nn.Conv2d(3, 2, 1)))
+    with torch.inference_mode():
+        deployed = deploy(model)
+    deployed(X).sum().backward()
+    assert all(parameter.grad is not None for parameter in deployed.parameters())
+    deployed.load_state_dict(deployed.state_dict())
+    assert_same(model, deployed, X)
+    assert deployed.to(torch.float32)(X.float()).dtype is torch.float32
+
+
+def test_a_model_inside_distributed_data_parallel():
+    model = prepared(Pair())
+    wrapped = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapped)
+    wrapped.module = model
+    with pytest.raises(TypeError, match=r"deploy\(model.module\)"):
+        deploy(wrapped)
 
 
 # --- Graphs -------------------------------------------------------------------------------------------------------
