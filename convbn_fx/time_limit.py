@@ -25,6 +25,7 @@ def time_limit(seconds: float) -> Iterator[None]:
         Nothing.
     """
     watched, ended, lock = threading.get_ident(), threading.Event(), threading.Lock()
+    has_raised = threading.Event()
 
     def watch() -> None:
         pause = seconds
@@ -34,6 +35,7 @@ def time_limit(seconds: float) -> Iterator[None]:
                 continue
             with lock:
                 if not ended.is_set():
+                    has_raised.set()
                     _raise_in(watched, OutOfTime)
 
     threading.Thread(target=watch, name="convbn_fx time limit", daemon=True).start()
@@ -42,7 +44,8 @@ def time_limit(seconds: float) -> Iterator[None]:
     finally:
         with lock:
             ended.set()
-            _raise_in(watched, None)
+            if has_raised.is_set():  # taking back what never was would have Python look for it from then on
+                _raise_in(watched, None)
 
 
 def _runs_what_is_ours_or_torchs(thread: int) -> bool:

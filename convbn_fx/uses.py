@@ -43,6 +43,7 @@ def doubts(
         (model.get_submodule(pair.record.convolution), model.get_submodule(pair.record.batch_norm))
         for pair in pairs
     ]
+    code.originals = found.originals
     explored = found.explored + _other_methods(model, found, code)
     uses = _Uses(model, explored, {(id(conv), id(norm)) for conv, norm in members})
     refusals = {
@@ -55,7 +56,6 @@ def doubts(
     ) in members:  # where each of several batch norms becomes a convolution, there is no such output
         if id(conv) in uses.read and any(conv is other and norm is not its for other, its in members):
             refusals.setdefault(id(conv), Refusal(SkipReason.SHARED, "the shape of its output is read"))
-    code.originals = found.originals
     possible = code.uses({id(each.module) for each in found.explored if not _are_all(each)})
     references = _References(model)
     followed = {id(each.module): each for each in found.explored}
