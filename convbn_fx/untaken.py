@@ -7,7 +7,7 @@ member of an enum, `**kwargs`, the dtype) goes one way in every exploration. So 
 import dis
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from types import CodeType, FrameType, FunctionType
 from typing import Any, Final
@@ -65,11 +65,12 @@ class CodeRun:
 
         return run
 
-    def uses(self, not_followed: set[int]) -> dict[int, str]:
+    def uses(self, not_followed: set[int], reached_from: Callable[[Any], set[int]]) -> dict[int, str]:
         """What code that did not run might use, as far as it can be told from the names in it.
 
         Args:
             not_followed: Ids of the modules whose forwards ran only in part.
+            reached_from: Given a value, the ids of the modules to which references lead from it.
 
         Returns:
             For modules, by id, the code that might use them.
@@ -89,6 +90,9 @@ class CodeRun:
                 names = _names_with_those_of_methods(names, owner)
                 for part in _reached_by(names, owner):
                     used.setdefault(id(part), told)
+                for name in {name.removesuffix("()") for name in names} - _OF_EVERY_MODULE:
+                    for identity in reached_from(vars(owner).get(name)):
+                        used.setdefault(identity, told)
         return used
 
     def _not_run(self, key: Key) -> Iterator[dis.Instruction]:

@@ -387,6 +387,20 @@ def test_a_question_that_decides_on_another_use(question):
     torch.testing.assert_close(deployed(X, mode=Asking.argument), model(X, mode=Asking.argument))
 
 
+def test_a_question_that_decides_on_what_an_attribute_leads_to():
+    class Asking(Pair):
+        def forward(self, x, mode=None):
+            y = self.norm(self.conv(x))
+            return y * self.alone[0](x) if isinstance(mode, str) else y
+
+    torch.manual_seed(0)
+    model = prepared(Asking())
+    vars(model)["alone"] = [functools.partial(model.conv)]
+    deployed = deploy(model)
+    assert_same(model, deployed, X)
+    torch.testing.assert_close(deployed(X, mode="raw"), model(X, mode="raw"))
+
+
 def test_a_question_that_decides_on_something_else():
     class Asking(Pair):
         def forward(self, x, mode=None):
