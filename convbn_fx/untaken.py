@@ -138,11 +138,24 @@ def _holding(module: nn.Module) -> set[str]:
 _OF_EVERY_MODULE: Final = frozenset(vars(nn.Module()))
 
 
+#: No model's code is in these; PyTorch imports some of them when it first needs them, which would be watched, too.
+_OF_NO_MODEL: Final = {
+    "torch",
+    "sympy",
+    "mpmath",
+    "numpy",
+    "networkx",
+    "triton",
+    "convbn_fx",
+    *sys.stdlib_module_names,
+}
+
+
 @cache
 def _is_of_a_model(name: str) -> bool:
-    """Whether a Python module is neither PyTorch's, nor Python's, nor ours."""
+    """Whether a Python module is neither PyTorch's, nor what it is made with, nor Python's, nor ours."""
     top, _, _ = name.partition(".")
-    return top == "__main__" or top not in {"torch", "convbn_fx", *sys.stdlib_module_names}
+    return top == "__main__" or top not in _OF_NO_MODEL
 
 
 def _methods(cls: type[nn.Module]) -> dict[str, FunctionType]:
