@@ -208,14 +208,25 @@ class Tracer(torch.fx.Tracer):
             raise
 
     def class_of(self, node: Node) -> type | None:
-        """The class of what a node stands for: where it is not known, a tensor, and the graph checks that it is."""
+        """The class of what a node stands for; where it is not known, the graph checks what it was taken for.
+
+        That is what an argument is if it is left out, and else a tensor.
+        """
         known = known_class(node, self.root)
-        if known is None and node not in self.expected:
+        if known is not None:
+            return known
+        default = node.args if node.op == "placeholder" else ()
+        expected = type(default[0]) if default else Tensor
+        if node not in self.expected:
             self.expected.add(node)
-            told = f"{node.name} is no tensor, which it was taken for when the model was traced"
-            is_tensor = self.create_node("call_function", torch.is_tensor, (node,), {})
-            self.create_node("call_function", torch._assert, (is_tensor, told), {})
-        return known or Tensor
+            if default:
+                cls = self.create_node("call_function", type, default, {})
+                is_expected = self.create_node("call_function", isinstance, (node, cls), {})
+            else:
+                is_expected = self.create_node("call_function", torch.is_tensor, (node,), {})
+            told = f"{node.name} is no {expected.__name__}, which it was taken for when the model was traced"
+            self.create_node("call_function", torch._assert, (is_expected, told), {})
+        return expected
 
     def check_leaves(self) -> None:
         """Raises if the forward has computed what a leaf uses: the graph would not."""

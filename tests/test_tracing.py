@@ -473,3 +473,17 @@ def test_a_forward_that_asks_for_classes(asking):
     graph_module.recompile()
     with pytest.raises((AssertionError, TypeError, AttributeError)):
         graph_module([X])
+
+
+def test_an_argument_that_is_asked_for_its_class_is_what_it_is_if_left_out():
+    class Scaled(Pair):
+        def forward(self, x, mode=None, scale="large"):
+            y = self.norm(self.conv(x))
+            return y * (2 if isinstance(mode, str) else 1) * (3 if isinstance(scale, str) else 1)
+
+    model = prepared(Scaled())
+    graph_module = fused(model)
+    assert_equivalent(model, graph_module, X)
+    for options in ({"mode": "other"}, {"scale": None}):
+        with pytest.raises(AssertionError, match="which it was taken for when the model was traced"):
+            graph_module(X, **options)
