@@ -233,7 +233,6 @@ def _linked(model: Model, names: Iterable[str], found: Discovery) -> Model:
     return model
 
 
-@torch.inference_mode(False)  # what is made in it could neither train nor be loaded into
 def deploy(
     model: Model,
     modules: Iterable[str] | None = None,
@@ -285,6 +284,15 @@ def deploy(
             "deploy: the model is wrapped in DistributedDataParallel, which holds on to its parameters. Deploy what is "
             "inside: deploy(model.module)"
         )
+    deployed = _deployed(model, names)
+    _warn_of_train_mode("deploy", deployed, names, "call eval() on the model first")
+    if example_inputs is not None:
+        check_outputs(model, deployed, example_inputs)
+    return deployed
+
+
+@torch.inference_mode(False)  # what is made in it could neither train nor be loaded into
+def _deployed(model: Model, names: Iterable[str]) -> Model:
     deployed = clone(model)
     for name, module in list(deployed.named_modules()):
         if isinstance(module, GraphModule) and _is_inside(name, names):
@@ -298,11 +306,7 @@ def deploy(
             )
     with CodeRun() as code:
         found = discover(deployed)
-    _baked(deployed, names, found, code)
-    _warn_of_train_mode("deploy", deployed, names, "call eval() on the model first")
-    if example_inputs is not None:
-        check_outputs(model, deployed, example_inputs)
-    return deployed
+    return _baked(deployed, names, found, code)
 
 
 def _baked(model: Model, names: Iterable[str], found: Discovery, code: CodeRun) -> Model:
