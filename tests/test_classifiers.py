@@ -1,4 +1,4 @@
-"""Behaviours B15 and B16 on whole classifiers of torchvision and timm: the rest of a tuned model lives on."""
+"""Whole classifiers of torchvision and timm: the rest of a tuned model lives on."""
 
 import copy
 from functools import partial

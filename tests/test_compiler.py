@@ -640,7 +640,7 @@ SKIPPED = {
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize("reason", SKIPPED)
 def test_reasons(reason, inner):
-    """B2: every Eval-mode batch norm that stays has a reason, under its own name."""
+    """Every Eval-mode batch norm that stays has a reason, under its own name."""
     model = prepared(SKIPPED[reason]())
     if reason == "TRAINING_MODE":
         model.norm.train()
@@ -791,7 +791,7 @@ def test_parameters_can_be_swapped(backend):
     torch.testing.assert_close(candidate(X.float()), model(X.float()))
 
 
-# --- B3: live -----------------------------------------------------------------------------------------------------
+# --- Live ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("inner", INNER)
@@ -1361,7 +1361,7 @@ COMPOSITE = pytest.mark.xfail(strict=True, reason="a rewritten graph is captured
 
 @pytest.mark.parametrize("change", [untouched, tune, pytest.param(transformed, marks=COMPOSITE)])
 def test_a_layer_with_a_large_weight_saves_no_more_than_in_eval_mode(change):
-    """B14: at no shape, and so no folded weight either, whoever compiled what before."""
+    """At no shape, and so no folded weight either, whoever compiled what before."""
     model = prepared(Pair(nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32)))
     candidate = compiled(change(model))
     x = data(1, 32, 3, 4).requires_grad_()

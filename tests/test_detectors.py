@@ -1,4 +1,4 @@
-"""Behaviour B15 on torchvision's detectors, segmentation and video models: norms frozen, the rest in Train mode."""
+"""torchvision's detectors, segmentation and video models: norms frozen, the rest in Train mode."""
 
 from functools import partial
 

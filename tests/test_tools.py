@@ -1,4 +1,4 @@
-"""Behaviour B16: attacks, trainers, averages and feature extractors find in a tuned model the model that they know."""
+"""Attacks, trainers, averages and feature extractors find in a tuned model the model that they know."""
 
 import copy
 import warnings

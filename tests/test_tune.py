@@ -1,4 +1,4 @@
-"""tune, B1 to B16: the model stays itself, whatever is around it, done to it, or asked of it."""
+"""tune: the model stays itself, whatever is around it, done to it, or asked of it."""
 
 import copy
 import functools
@@ -427,7 +427,7 @@ def test_the_batch_norm_and_the_convolution_are_called_for_real():
     assert type(tuned.conv(X)) is torch.Tensor  # what was open when it raised is closed
 
 
-# --- B3: parameters and modules replaced --------------------------------------------------------------------------
+# --- Parameters and modules replaced ------------------------------------------------------------------------------
 
 
 def test_an_optimizer_step_shows_in_both():
@@ -498,7 +498,7 @@ def test_a_pair_on_the_meta_device_and_back():
     assert_equivalent(model, tuned, X)
 
 
-# --- B5: hooks ----------------------------------------------------------------------------------------------------
+# --- Hooks --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("place", ["conv", "norm", ""])
@@ -609,7 +609,7 @@ def test_a_handle_that_a_model_keeps(how):
     assert len(model.body._forward_hooks) == 1
 
 
-# --- B6: the caller's model ---------------------------------------------------------------------------------------
+# --- The caller's model -------------------------------------------------------------------------------------------
 
 
 class Raising(nn.Module):
@@ -785,7 +785,7 @@ def test_parametrizations_removed_from_one(part):
     torch.testing.assert_close(model(X), expected)
 
 
-# --- B7 and B8: state_dict, copies --------------------------------------------------------------------------------
+# --- state_dict, copies --------------------------------------------------------------------------------------------
 
 
 def test_the_state_dict():
@@ -899,7 +899,7 @@ def test_a_tuned_part_of_a_larger_model():
     assert len(report(tune(larger)).fused) == NET_PAIRS
 
 
-# --- B9: compositions ---------------------------------------------------------------------------------------------
+# --- Compositions -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
@@ -1124,7 +1124,7 @@ def test_two_threads():
     torch.testing.assert_close([results[index] for index in range(len(inputs))], expected)
 
 
-# --- B16: the model stays itself ----------------------------------------------------------------------------------
+# --- The model stays itself ---------------------------------------------------------------------------------------
 
 
 REGISTER = {}

@@ -1,4 +1,4 @@
-"""tune, B1 and B15: whatever a forward does, a tuned model does the same, on foreseen paths and on others."""
+"""tune: whatever a forward does, a tuned model does the same, on foreseen paths and on others."""
 
 import copy
 import random
