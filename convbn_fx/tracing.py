@@ -228,6 +228,17 @@ class Tracer(torch.fx.Tracer):
             self.create_node("call_function", torch._assert, (is_expected, told), {})
         return expected
 
+    def check_reads(self) -> None:
+        """Raises if a class computes what stands in the graph for a tensor of that name: it would be computed twice."""
+        root = self.private.originals[self.root]
+        for name in self.reads:
+            owner, _, last = name.rpartition(".")
+            module = root.get_submodule(owner)
+            if self.names_of_tensors.get(id(getattr(module, last, None))) != name:
+                raise RuntimeError(
+                    f"the forward reads {name}, which {type(module).__name__} computes when it is read"
+                )
+
     def check_leaves(self) -> None:
         """Raises if the forward has computed what a leaf uses: the graph would not."""
         for name, module in self.root.named_modules():
@@ -324,6 +335,7 @@ def _trace(
         try:
             graph = tracer.trace_in(private, root, concrete_args)
             tracer.check_leaves()
+            tracer.check_reads()
             if private.writes.has_drawn:
                 raise RuntimeError(
                     "the forward draws random numbers that depend on no input: they would be constants"

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 import convbn_fx
-from convbn_fx import symbolic_trace
+from convbn_fx import TracingError, symbolic_trace
 from convbn_fx.testing import assert_equivalent
 
 X = data(2, 3, 6, 6)
@@ -112,7 +112,7 @@ def test_any_module_may_be_the_root(root):
 
 
 def test_a_batch_norm_as_the_root_looks_at_ranks():
-    with pytest.raises(convbn_fx.TracingError, match=r"^BatchNorm2d cannot be traced"):
+    with pytest.raises(TracingError, match=r"^BatchNorm2d cannot be traced"):
         symbolic_trace(nn.BatchNorm2d(3))
 
 
@@ -341,7 +341,7 @@ def test_features_kept_as_attributes_are_no_proxies_afterwards():
 def test_an_instance_with_a_forward_of_its_own():
     model = prepared(Pair())
     model.forward = lambda x: x
-    with pytest.raises(convbn_fx.TracingError, match=r"(?s)^Pair cannot be traced.*forward"):
+    with pytest.raises(TracingError, match=r"(?s)^Pair cannot be traced.*forward"):
         symbolic_trace(model)
     inner = prepared(nn.Sequential(model))
     graph_module = fused(inner, 0)
@@ -357,7 +357,7 @@ def test_the_innermost_module_at_fault_is_named(depth):
     for _ in range(depth):
         model = nn.Sequential(nn.Identity(), model)
     prepared(model)
-    with pytest.raises(convbn_fx.TracingError, match="KeyError: 'a mistake in the model'") as raised:
+    with pytest.raises(TracingError, match="KeyError: 'a mistake in the model'") as raised:
         symbolic_trace(model)
     assert raised.value.module == (".".join(["1"] * depth) or None)
     assert isinstance(raised.value.__cause__, KeyError)
@@ -365,7 +365,7 @@ def test_the_innermost_module_at_fault_is_named(depth):
 
 def test_the_patches_of_torch_fx_are_undone_after_an_error():
     call, getattribute = nn.Module.__call__, nn.Module.__getattr__
-    with pytest.raises(convbn_fx.TracingError):
+    with pytest.raises(TracingError):
         symbolic_trace(Pair(forward=lambda m, x: x.no_such_method() if x else x))
     assert nn.Module.__call__ is call
     assert nn.Module.__getattr__ is getattribute
@@ -386,7 +386,7 @@ def test_sub_modules_with_names_that_a_graph_module_has_itself(name):
     try:
         graph_module = fused(model)
         assert_equivalent(model, graph_module, X)
-    except convbn_fx.TracingError as error:
+    except TracingError as error:
         assert name in str(error)  # noqa: PT017 - either is right
 
 
@@ -404,7 +404,7 @@ def test_an_attribute_called_meta():
 def test_modules_that_are_not_registered(forward):
     model = prepared(Pair(forward=forward))
     model.hidden = [nn.ReLU()]
-    with pytest.raises(convbn_fx.TracingError, match="not installed as a submodule"):
+    with pytest.raises(TracingError, match="not installed as a submodule"):
         symbolic_trace(model)
 
 
@@ -447,7 +447,7 @@ def test_a_class_with_a_call_of_its_own(change):
 
 
 def test_a_root_whose_class_has_a_call_of_its_own():
-    with pytest.raises(convbn_fx.TracingError, match=r"CalledContainer cannot be traced(?s:.*)__call__"):
+    with pytest.raises(TracingError, match=r"CalledContainer cannot be traced(?s:.*)__call__"):
         symbolic_trace(prepared(CalledContainer(Pair())))
 
 
@@ -487,3 +487,16 @@ def test_an_argument_that_is_asked_for_its_class_is_what_it_is_if_left_out():
     for options in ({"mode": "other"}, {"scale": None}):
         with pytest.raises(AssertionError, match="which it was taken for when the model was traced"):
             graph_module(X, **options)
+
+
+def test_a_parameter_that_its_class_computes_is_no_node():
+    class Doubled(nn.Conv2d):
+        def __getattr__(self, name):
+            value = super().__getattr__(name)
+            return 2 * value if name == "weight" else value
+
+    model = prepared(
+        Pair(Doubled(3, 3, 1), nn.BatchNorm2d(3), lambda m, x: m.norm(m.conv(x)) * m.conv.weight.sum())
+    )
+    with pytest.raises(TracingError, match=r"reads conv\.weight, which Doubled computes"):
+        symbolic_trace(model)

@@ -47,9 +47,8 @@ TUNED = Features()
 DEPLOYED = Features(public=False).without(
     held=["proxy"], conditions=["keyword", "dtype is"], around=["public method"]
 )
-#: Where Python asks nobody what a value is, a trace bakes in one way, as docs/limits.md says. It does not hold yet for
-#: a weight that is computed when another forward reads it.
-TRACED = Features().without(convs=["InterceptedConv"], conditions=["option", "keyword", "dtype is"])
+#: Where Python asks nobody what a value is, a trace bakes in one way, as docs/limits.md says.
+TRACED = Features().without(conditions=["option", "keyword", "dtype is"])
 
 
 # --- What a user does --------------------------------------------------------------------------------------------
