@@ -67,6 +67,8 @@ DETECTORS = {
     "Deformable DETR": (lambda: on_resnet("DeformableDetr", STAGES, num_feature_levels=3, d_model=32), 12),
     "RT-DETR": (rt_detr, 57),
 }
+#: Pairs that `deploy` cannot prove to be used in no other way: code for more feature levels indexes their list.
+DOUBTFUL = {"RT-DETR": 3}
 
 
 @pytest.mark.slow
@@ -87,7 +89,9 @@ def test_a_detector_is_fused_whole(name):
     assert not report(tuned).skipped
     assert_equivalent(model, tuned, x)
     deployed = deploy(model)
-    assert len(report(deployed).fused) == pairs
+    linked = DOUBTFUL.get(name, 0)  # as `tune` makes them
+    assert len(report(deployed).fused) == pairs - linked
+    assert [skip.reason.name for skip in report(deployed).skipped] == ["MAY_BE_USED_ELSEWHERE"] * linked
     assert not any(type(module) in set(map(type, frozen)) for module in deployed.modules())
     with torch.no_grad():
         expected, actual = model(x), deployed(x)
