@@ -113,10 +113,8 @@ def attributes_as_found(modules: Iterable[nn.Module]) -> Iterator[None]:
     known = {id(container) for container, _ in containers}
     for container, is_of_module in containers:  # those that are found inside are looked into as well
         for value in list(container.values() if isinstance(container, dict) else container):
-            if (
-                type(value) in weakref.ProxyTypes
-            ):  # which pass for what they refer to, and raise where it is gone
-                continue
+            if type(value) in weakref.ProxyTypes:
+                continue  # they pass for what they refer to, and raise where it is gone
             inside, inside_is_of_module = value, is_of_module
             if not isinstance(value, (dict, list, set, deque)):
                 if not is_of_module or not _is_a_helper(value):

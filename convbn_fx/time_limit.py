@@ -6,6 +6,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from convbn_fx.proxies import is_ours_or_torchs
+
 
 class OutOfTime(BaseException):  # not an Exception, which a forward may catch
     """Raised in code that ran out of time."""
@@ -50,8 +52,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 def _runs_what_is_ours_or_torchs(thread: int) -> bool:
     frame = sys._current_frames().get(thread)  # kept for a moment alone: it keeps what is local to it
-    name = "" if frame is None else str(frame.f_globals.get("__name__"))
-    return name.startswith(("torch.", "convbn_fx."))
+    return frame is not None and is_ours_or_torchs(frame)
 
 
 def _raise_in(thread: int, exception: type[BaseException] | None) -> None:

@@ -7,7 +7,7 @@ member of an enum, `**kwargs`, the dtype) goes one way in every exploration. So 
 import dis
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from types import CodeType, FrameType, FunctionType
 from typing import Any, Final
@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from convbn_fx import kinds
+from convbn_fx.copying import reached_from
 from convbn_fx.exploration import module_called
 
 #: A piece of code, and the module that it ran for, which is its first argument; None for that of no module.
@@ -65,12 +66,11 @@ class CodeRun:
 
         return run
 
-    def uses(self, not_followed: set[int], reached_from: Callable[[Any], set[int]]) -> dict[int, str]:
+    def uses(self, not_followed: set[int]) -> dict[int, str]:
         """What code that did not run might use, as far as it can be told from the names in it.
 
         Args:
             not_followed: Ids of the modules whose forwards ran only in part.
-            reached_from: Given a value, the ids of the modules to which references lead from it.
 
         Returns:
             For modules, by id, the code that might use them.

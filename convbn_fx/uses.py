@@ -50,14 +50,12 @@ def doubts(
         identity: Refusal(SkipReason.CONVOLUTION_OUTPUT_USED_ELSEWHERE, detail)
         for identity, detail in uses.apart.items()
     }
-    for (
-        conv,
-        norm,
-    ) in members:  # where each of several batch norms becomes a convolution, there is no such output
+    for conv, norm in members:
+        # Where each of several batch norms becomes a convolution, there is no such output.
         if id(conv) in uses.read and any(conv is other and norm is not its for other, its in members):
             refusals.setdefault(id(conv), Refusal(SkipReason.SHARED, "the shape of its output is read"))
     not_followed = {id(each.module) for each in found.explored if not _are_all(each)}
-    possible = code.uses(not_followed, _reached_from)
+    possible = code.uses(not_followed)
     references = _References(model)
     followed = {id(each.module): each for each in found.explored}
     owners = {id(model.get_submodule(pair.owner)) for pair in pairs}
@@ -280,9 +278,8 @@ class _References:
                 if id(source) not in known:
                     known.add(id(source))
                     todo.append(source)
-                    if issubclass(
-                        type(source), (nn.Module, _HooksOf)
-                    ):  # a weak proxy passes for what it stands for
+                    # By its type: a weak proxy passes for what it stands for.
+                    if issubclass(type(source), (nn.Module, _HooksOf)):
                         yield source
 
     def _doubt_about(self, module: Any, target: Any, followed: dict[int, Explored], owners: set[int]) -> str:
@@ -338,21 +335,6 @@ def _targets(value: Any) -> Iterable[Any]:
     if isinstance(value, weakref.ReferenceType):
         return [value()]
     return gc.get_referents(value)
-
-
-def _reached_from(value: Any) -> set[int]:
-    """Ids of the modules to which references lead from a value."""
-    known, todo, modules = {id(value)}, [value], set()
-    kept_alive = []  # no other object may get the id of one that was seen
-    while todo:
-        kept_alive.append(value := todo.pop())
-        if issubclass(type(value), nn.Module):
-            modules.add(id(value))
-        for target in _targets(value):
-            if id(target) not in known and not issubclass(type(target), _NOT_ENTERED):
-                known.add(id(target))
-                todo.append(target)
-    return modules
 
 
 def _slots(module: nn.Module) -> list[Any]:

@@ -8,26 +8,12 @@ from models import Functional, Pair, data, prepared, reasons, tuned_with
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from tree_parts import Swish
 
 from convbn_fx import deferral
 from convbn_fx.testing import assert_equivalent
 
 X = data(2, 3, 6, 6)
-
-
-class Swish(torch.autograd.Function):
-    """As in efficientnet_pytorch: saves its input alone."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * torch.sigmoid(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (x,) = ctx.saved_tensors
-        sigmoid = torch.sigmoid(x)
-        return gradient * (sigmoid * (1 + x * (1 - sigmoid)))
 
 
 class DoubleInPlace(torch.autograd.Function):
