@@ -57,9 +57,13 @@ def trained(layer, dtype, seed, scale=1.0):
     return model.to(dtype), x.to(dtype), data(*y.shape, seed=seed + 100).to(dtype)
 
 
+def exact(model, x, cotangent):
+    return gradients(copy.deepcopy(model).double(), x.double(), cotangent.double())
+
+
 def errors(model, x, cotangent):
     """Relative errors of Eval and Tune mode against float64, by name."""
-    expected = gradients(copy.deepcopy(model).double(), x.double(), cotangent.double())
+    expected = exact(model, x, cotangent)
     in_eval, in_tune = (gradients(net, x, cotangent) for net in (model, fused(model)))
     return {
         name: (error(in_eval[name], value), error(in_tune[name], value)) for name, value in expected.items()
@@ -99,15 +103,22 @@ def test_error_of_the_gradient_of_gamma_is_at_most_that_of_eval_mode():
 @pytest.mark.parametrize("norm_dtype", ["same", "float32"])
 def test_error_of_every_gradient_in_half_precision_over_many_draws(layer, dtype, norm_dtype):
     """Single draws scatter by more than the bound; what is compared is the root of the mean of the squares."""
-    squares = collections.defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
+    squares = collections.defaultdict(lambda: torch.zeros(3, dtype=torch.float64))
     for seed in range(8):
         model, x, cotangent = trained(layer, dtype, seed)
         if norm_dtype == "float32":
             model.norm.float()
+        rounding = {name: error(value.to(dtype), value) for name, value in exact(model, x, cotangent).items()}
         for name, found in errors(model, x, cotangent).items():
-            squares[name] += torch.tensor(found, dtype=torch.float64) ** 2
-    ratios = {name: (in_tune / in_eval).sqrt().item() for name, (in_eval, in_tune) in squares.items()}
-    assert max(ratios.values()) <= 1.5, ratios
+            squares[name] += torch.tensor([*found, rounding[name]], dtype=torch.float64) ** 2
+    in_eval, in_tune, rounded = torch.stack([*squares.values()]).sqrt().unbind(1)
+    ratios = dict(zip(squares, (in_tune / in_eval).tolist(), strict=True))
+    # gamma's gradient is summed from the weight's, which some processors' kernels round more than once in float16
+    weight = [*squares].index("conv.weight")
+    allowed = dict.fromkeys(ratios, 1.5) | {
+        "norm.weight": 1.5 * max(1.0, (in_eval[weight] / rounded[weight]).item())
+    }
+    assert all(ratio <= allowed[name] for name, ratio in ratios.items()), (ratios, allowed)
 
 
 def gamma_ratio(layer, dtype, seed):
