@@ -35,7 +35,7 @@ from convbn_fx.private_copy import PrivateCopy
 from convbn_fx.proxies import Proxy, StoredTensor, is_ours_or_torchs, known_class, questions_of_class
 from convbn_fx.side_effects import attributes_as_found
 from convbn_fx.silence import silence
-from convbn_fx.time_limit import OutOfTime, time_limit
+from convbn_fx.time_limit import OutOfTime, within
 from convbn_fx.tracing import Tracer
 
 # Of one forward so many ways are looked at, on each of which so many branches are taken.
@@ -290,8 +290,8 @@ class _Explorer(Tracer):
         What a forward raises itself is an end, too, unless a guessed number may be the cause.
         """
         try:
-            with time_limit(seconds), _FunctionsOfGuesses(self):
-                self.trace_in(private, root)
+            with _FunctionsOfGuesses(self):
+                within(seconds, lambda: self.trace_in(private, root))
         except OutOfTime:
             return f"it has not ended after {_SECONDS} seconds"
         except Exception as error:  # noqa: BLE001 - a forward may raise anything, and this one is given guesses

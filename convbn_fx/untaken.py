@@ -80,7 +80,9 @@ class CodeRun:
             code, owner = key[0], self.originals.get(key[1]) if key[1] is not None else None
             told = f"in {code.co_qualname}, on a way that no exploration took"
             names = _names(self._not_run(key)) if id(owner) in not_followed else set()
-            for branch, untaken in _untaken(code, executed):
+            for branch, condition, untaken in _untaken(code, executed):
+                if _asks_whether_tensors(condition, {name for name, _ in self.outputs[key, branch]}):
+                    continue
                 loaded = {name for instruction in untaken for name in _variables(instruction)}
                 names |= _names(untaken)
                 for name, module in self.outputs[key, branch]:
@@ -187,19 +189,20 @@ def _is_branch(instruction: dis.Instruction) -> bool:
     return ("JUMP" in name and "_IF_" in name) or name in ("FOR_ITER", "SEND")
 
 
-def _untaken(code: CodeType, executed: set[int]) -> Iterator[tuple[int, list[dis.Instruction]]]:
-    """The branches that were taken one way only, and what runs on the other way until they meet.
+def _untaken(
+    code: CodeType, executed: set[int]
+) -> Iterator[tuple[int, list[dis.Instruction], list[dis.Instruction]]]:
+    """The branches that were taken one way only, their conditions, and what runs on the other way until they meet.
 
     Those that depend on attributes alone would need these to change.
     """
     instructions = _instructions(code)
     place = {each.offset: number for number, each in enumerate(instructions)}
     for number, each in enumerate(instructions):
-        if (
-            each.offset not in executed
-            or not _is_branch(each)
-            or _asks_attributes_alone(instructions, number)
-        ):
+        if each.offset not in executed or not _is_branch(each):
+            continue
+        condition = _condition(instructions, number)
+        if _asks_attributes_alone(condition):
             continue
         todo, found = [number + 1, place[each.argval]], {}
         while todo:
@@ -215,17 +218,33 @@ def _untaken(code: CodeType, executed: set[int]) -> Iterator[tuple[int, list[dis
             ):
                 todo.append(index + 1)
         if found:
-            yield each.offset, list(found.values())
+            yield each.offset, condition, list(found.values())
 
 
-def _asks_attributes_alone(instructions: tuple[dis.Instruction, ...], branch: int) -> bool:
-    """Whether the condition of a branch reads no variable but the first, `self`."""
+def _condition(instructions: tuple[dis.Instruction, ...], branch: int) -> list[dis.Instruction]:
+    """What computes the condition of a branch."""
+    found = []
     for each in reversed(instructions[:branch]):
         if _is_branch(each) or each.opname.startswith(("STORE", "POP_TOP", "JUMP", "RESUME", "RETURN")):
             break
-        if any(name not in ("self", "cls") for name in _variables(each)):
-            return False
-    return True
+        found.append(each)
+    return found
+
+
+def _asks_attributes_alone(condition: list[dis.Instruction]) -> bool:
+    """Whether a condition reads no variable but the first, `self`."""
+    return all(name in ("self", "cls") for each in condition for name in _variables(each))
+
+
+def _asks_whether_tensors(condition: list[dis.Instruction], outputs: set[str]) -> bool:
+    """Whether a condition asks nothing but whether outputs of convolutions are tensors, as they always are."""
+    variables = {name for each in condition for name in _variables(each)}
+    words = {each.argval for each in condition if each.opname in ("LOAD_GLOBAL", "LOAD_METHOD", "LOAD_ATTR")}
+    return (
+        bool(variables)
+        and variables <= outputs
+        and (words <= {"torch", "is_tensor"} or words <= {"isinstance", "torch", "Tensor"})
+    )
 
 
 def _variables(instruction: dis.Instruction) -> Iterable[str]:

@@ -1,6 +1,7 @@
 """What exploring a forward finds, and what it says where it cannot: tune, deploy and the reasons in their reports."""
 
 import logging
+import subprocess
 import sys
 import threading
 import time
@@ -276,6 +277,33 @@ def test_an_exploration_that_does_not_end_is_cut_off(monkeypatch):
     x = X.abs() * 1e14
     torch.testing.assert_close(tuned(x), model(x))
     assert len(report(tune(built(asserted))).fused) == 2
+
+
+THEN_TRACED = """
+import sys
+from convbn_fx.time_limit import OutOfTime, within
+
+def endless():
+    while True:
+        pass
+
+for _ in range(20):
+    try:
+        within(0.01, endless)
+    except OutOfTime:
+        sys.settrace(lambda *event: None)
+        exec("def traced(): pass\\ntraced()")
+        sys.settrace(None)
+print("ended")
+"""
+
+
+def test_a_debugger_goes_on_after_an_exploration_was_cut_off():
+    """What is traced never ends where CPython waits for an exception that never comes."""
+    done = subprocess.run(
+        [sys.executable, "-c", THEN_TRACED], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.stdout, done.stderr) == ("ended\n", "")
 
 
 def say(text):
