@@ -134,9 +134,9 @@ def _walk(
     return reached, holders
 
 
-def reached_from(value: Any) -> set[int]:
-    """Ids of all that a value leads to, registered in a module or not."""
-    return set(_walk([value], _references)[0])
+def reached_from(value: Any) -> dict[int, Any]:
+    """All that a value leads to, registered in a module or not; by id."""
+    return _walk([value], _references)[0]
 
 
 def _references(value: Any) -> list[Any]:

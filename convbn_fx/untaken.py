@@ -5,6 +5,7 @@ member of an enum, `**kwargs`, the dtype) goes one way in every exploration. So 
 """
 
 import dis
+import inspect
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -13,10 +14,10 @@ from types import CodeType, FrameType, FunctionType
 from typing import Any, Final
 
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from convbn_fx import kinds
 from convbn_fx.copying import reached_from
+from convbn_fx.exact_classes import functions_in
 from convbn_fx.exploration import module_called
 
 #: A piece of code, and the module that it ran for, which is its first argument; None for that of no module.
@@ -102,39 +103,36 @@ class CodeRun:
         return (each for each in _instructions(key[0]) if each.offset not in self.executed[key])
 
     def methods_that_did_not_run(self, module: nn.Module) -> Iterator[str]:
-        """The methods of a module's class that call one of its children, and are no part of its forward.
+        """The methods of a module's class that call what is inside of it, and are no part of its forward.
 
-        Those that speak of fusing are for when the batch norm is gone, by everyone's convention, as it is.
+        Those that the forward names are parts of it, run or not. Those that speak of fusing are for when the batch norm
+        is gone, by everyone's convention, as it is.
         """
         ran = {code for code, of in self.executed if of is None or self.originals.get(of) is module}
-        for name, function in _methods(type(module)).items():
-            left_out = name.startswith("__") or "fuse" in name or function.__code__ in ran
-            if not left_out and _may_call_a_part(function.__code__, module):
+        parts = {name.removesuffix("()") for name in _names_with_those_of_methods({"forward"}, module)}
+        for name, made_of in _functions(type(module)).items():
+            is_method = isinstance(inspect.getattr_static(type(module), name), FunctionType)
+            left_out = name in parts or name.startswith("__") or "fuse" in name
+            has_run = all(each.__code__ in ran for each in made_of)
+            if is_method and not left_out and not has_run and _may_call_a_part(made_of, module):
                 yield name
 
 
-def _may_call_a_part(code: CodeType, module: nn.Module) -> bool:
-    """Whether a method calls a child of its module, or an item of what holds modules, as far as names tell."""
-    called = {each.argval for each in _instructions(code) if _is_called(each)}
-    if not called.isdisjoint(module._modules):
+def _may_call_a_part(functions: list[FunctionType], module: nn.Module) -> bool:
+    """Whether a method calls a module inside its own, an item of one, or what leads to one, as far as names tell."""
+    instructions = [each for function in functions for each in _instructions(function.__code__)]
+    names = _names_with_those_of_methods(_names(instructions) - {"forward()"}, module)
+    if any(
+        f"{name.rpartition('.')[2]}()" in names for name, _ in module.named_modules(remove_duplicate=False)
+    ):
         return True
-    takes_items = any(
-        each.opname in ("BINARY_SUBSCR", "BINARY_OP", "FOR_ITER") for each in _instructions(code)
-    )
-    read = {name.removesuffix("()") for name in _names(_instructions(code))}
-    return takes_items and code.co_argcount > 1 and not read.isdisjoint(_holding(module))
-
-
-def _holding(module: nn.Module) -> set[str]:
-    """Names of attributes that hold several modules."""
+    takes_items = any(each.opname in ("BINARY_SUBSCR", "BINARY_OP", "FOR_ITER") for each in instructions)
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    registered = {name for name, child in module._modules.items() if isinstance(child, containers)}
-    return registered | {
-        name
-        for name, value in vars(module).items()
-        if name not in _OF_EVERY_MODULE
-        and any(isinstance(leaf, nn.Module) for leaf in pytree.tree_leaves(value))
-    }
+    return max(function.__code__.co_argcount for function in functions) > 1 and any(
+        (takes_items and isinstance(module._modules.get(name), containers))
+        or any(issubclass(type(part), nn.Module) for part in reached_from(vars(module).get(name)).values())
+        for name in {name.removesuffix("()") for name in names} - _OF_EVERY_MODULE
+    )
 
 
 _OF_EVERY_MODULE: Final = frozenset(vars(nn.Module()))
@@ -160,14 +158,13 @@ def _is_of_a_model(name: str) -> bool:
     return top == "__main__" or top not in _OF_NO_MODEL
 
 
-def _methods(cls: type[nn.Module]) -> dict[str, FunctionType]:
+def _functions(cls: type[nn.Module]) -> dict[str, list[FunctionType]]:
+    """The model's own functions of which attributes of a class are made: methods, what they decorate, properties."""
     return {
-        name: value
+        name: found
         for base in reversed(cls.__mro__)
         for name, value in vars(base).items()
-        if isinstance(value, FunctionType)
-        and _is_of_a_model(value.__module__ or "")
-        and getattr(cls, name) is value
+        if (found := [each for each in functions_in(value) if _is_of_a_model(each.__globals__["__name__"])])
     }
 
 
@@ -278,11 +275,11 @@ def _names(instructions: Iterable[dis.Instruction]) -> set[str]:
 
 def _names_with_those_of_methods(names: set[str], module: nn.Module) -> set[str]:
     """The names, and those in the methods of the module's class that have one of them."""
-    methods = _methods(type(module))
+    functions = _functions(type(module))
     todo, known = list(names), set(names)
     while todo:
-        function = methods.get(todo.pop().removesuffix("()"))
-        new = _names(_instructions(function.__code__)) - known if function else set()
+        made_of = functions.get(todo.pop().removesuffix("()"), [])
+        new = _names(each for function in made_of for each in _instructions(function.__code__)) - known
         known |= new
         todo += new
     return known
@@ -295,7 +292,7 @@ def _reached_by(names: set[str], module: nn.Module) -> Iterator[nn.Module]:
     """
     if any(name.removesuffix("()") in _ENUMERATING for name in names):
         yield from module.modules()
-    for name, part in module.named_modules():
+    for name, part in module.named_modules(remove_duplicate=False):
         *around, last = name.split(".")
         if all(step in names or step.isdigit() for step in around) and (
             last in names or f"{last}()" in names or (last.isdigit() and len(around) > 0)

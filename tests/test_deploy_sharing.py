@@ -438,6 +438,41 @@ def test_another_public_method(kept):
     torch.testing.assert_close(getattr(deployed, kept)(X), getattr(model, kept)(X))
 
 
+def through_a_child(self, x):
+    return self.child.conv(x).sin()
+
+
+def through_a_part_of_the_forward(self, x):
+    return self.convolved(x).sin()
+
+
+@pytest.mark.parametrize("method", [through_a_child, through_a_part_of_the_forward])
+@pytest.mark.parametrize("decorated", [False, True])
+def test_another_method_that_leads_to_the_convolution(method, decorated):
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.child = Pair(*conv_norm(3, 3))
+
+        def convolved(self, x):
+            return self.child.conv(x)
+
+        def forward(self, x):
+            return self.child.norm(self.convolved(x))
+
+        embed = torch.no_grad()(method) if decorated else method
+
+    torch.manual_seed(0)
+    model = prepared(Around())
+    deployed = deploy(model)
+    assert_same(model, deployed, X)
+    torch.testing.assert_close(deployed.embed(X), model.embed(X))
+    del Around.embed
+    deployed = deploy(model)
+    assert len(report(deployed).fused) == 1
+    assert not torch.equal(deployed.convolved(X), model.convolved(X))  # a part of the forward
+
+
 def test_the_method_for_when_the_batch_norm_is_gone():
     """What takes the forward's place once it was fused, by the convention of many libraries: it is, now."""
 

@@ -393,6 +393,12 @@ class Block(Brief):
             parts = (step.then, step.otherwise) if isinstance(step, Branch) else (step,)
             yield from (part.around for part in parts if isinstance(part, Apply))
 
+    @property
+    def parts_of_forward(self) -> list[str]:
+        """The public methods that its forward calls."""
+        steps = enumerate(self.steps)
+        return [f"embed{i}" for i, step in steps if getattr(step, "around", "") == "public method"]
+
     def write(self, name: str) -> str:
         slots = [f"c{slot}" for slot in range(len(self.children))]
         made = [
