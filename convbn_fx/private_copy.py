@@ -84,7 +84,8 @@ class PrivateCopy:
                     if tensor is not None
                 }
         for value in memo.own:
-            memo.setdefault(id(value), _own(value))
+            if id(value) not in memo:
+                memo[id(value)] = _own(value)
         for module, copied in self.copies.items():
             if not isinstance(copied, _Opaque):
                 self._fill(copied, module, memo)

@@ -68,13 +68,17 @@ def doubts(
 
 def _other_methods(model: nn.Module, found: Discovery, code: CodeRun) -> list[Explored]:
     """Methods that run a part of a module, and that somebody may call in the place of its forward."""
+    methods = [
+        (each.module, name) for each in found.explored for name in code.methods_that_did_not_run(each.module)
+    ]
+    if not methods:
+        return []
     others = []
     with private_copy(model, GuessedTensor) as private:
-        for module in (each.module for each in found.explored):
-            for name in code.methods_that_did_not_run(module):
-                ways = explore(module, found.ends, private, name)
-                matches = [find_pairs_in(way.graph, module)[0] for way in ways]
-                others.append(Explored(module, ways, matches, name))
+        for module, name in methods:
+            ways = explore(module, found.ends, private, name)
+            matches = [find_pairs_in(way.graph, module)[0] for way in ways]
+            others.append(Explored(module, ways, matches, name))
     return others
 
 
