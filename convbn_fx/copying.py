@@ -85,6 +85,10 @@ class Memo(dict[int, Any]):
                 self.setdefault(key, copied)  # the same object may have been asked for meanwhile
         return super().get(key, default)
 
+    def is_shared(self, value: Any) -> bool:
+        """Whether no copy of a value has been made."""
+        return super().get(id(value), value) is value
+
     def _follow(
         self,
         model: nn.Module,

@@ -44,7 +44,7 @@ def private_copy(
         _patch_wrapped_functions(patcher)
         private = PrivateCopy(model, stored_tensor, patcher, writes)
         try:
-            with attributes_as_found(private.originals):  # of what could not be copied
+            with attributes_as_found(private.originals, private.is_shared):
                 yield private
         finally:
             for module in private.originals:  # which refer to themselves, and to the model's tensors
@@ -65,6 +65,7 @@ class PrivateCopy:
         tracer: The tracer that is at work.
         originals: The model's module for each module of the copy.
         copies: The copy's module for each module of the model.
+        is_shared: Whether a value of the model's has no copy: it is as it was found afterwards.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class PrivateCopy:
         self.patcher = patcher
         self.writes = writes
         memo = Memo(model, _blank, _attributes, _is_written_to, entered=(FunctionType, CellType))
+        self.is_shared = memo.is_shared
         self.copies = {module: memo[id(module)] for module in memo.modules}
         self.originals = {copied: module for module, copied in self.copies.items()}
         for module in memo.modules:

@@ -5,7 +5,7 @@ import random
 import sys
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -104,10 +104,16 @@ def _is_a_helper(value: Any) -> bool:
 
 
 @contextmanager
-def attributes_as_found(modules: Iterable[nn.Module]) -> Iterator[None]:
+def attributes_as_found(
+    modules: Iterable[nn.Module], may_change: Callable[[Any], bool] = lambda _: True
+) -> Iterator[None]:
     """Undoes what changes in the attributes of modules and of objects they hold, and in containers that are attributes.
 
     Only what has changed is touched, and in place: handles of hooks refer to the very containers.
+
+    Args:
+        modules: The modules.
+        may_change: Whether somebody may write to a container.
     """
     containers: list[tuple[Any, bool]] = [(vars(module), True) for module in modules]
     known = {id(container) for container, _ in containers}
@@ -123,7 +129,7 @@ def attributes_as_found(modules: Iterable[nn.Module]) -> Iterator[None]:
             if id(inside) not in known:
                 known.add(id(inside))
                 containers.append((inside, inside_is_of_module))
-    found = [(container, copy.copy(container)) for container, _ in containers]
+    found = [(container, copy.copy(container)) for container, _ in containers if may_change(container)]
     try:
         yield
     finally:
