@@ -278,3 +278,30 @@ def test_a_feature_extractor_of_a_tuned_model(extracted, training):
     again = tune(of_tuned.eval(), norm_eval=True)
     assert len(report(again).fused) == pairs
     assert_equivalent(with_frozen_norms(original), again.train(), IMAGES)
+
+
+# --- Adapters -----------------------------------------------------------------------------------------------------
+
+
+def with_lora(model):
+    """The model with peft's adapters on its blocks' convolutions, in place, but for those of shortcuts."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=4, target_modules=r"layer\d\.\d\.conv\d", init_lora_weights=False)
+    return peft.inject_adapter_in_model(config, model).eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapters_first", [True, False])
+def test_adapters_on_convolutions(adapters_first):
+    plain = resnet()
+    adapted = with_lora(copy.deepcopy(plain))
+    tuned = tune(adapted) if adapters_first else with_lora(tune(plain))
+    # What the adapter adds to comes before the batch norm: these are no pairs, and no longer counted as such.
+    told = report(tuned)
+    reason = "NOT_AFTER_CONVOLUTION" if adapters_first else "CHANGED_SINCE"
+    assert len(told.fused) == 4
+    assert {skip.reason.name for skip in told.skipped} == {reason}
+    assert len(told.skipped) == 16
+    assert_equivalent(adapted, tuned, IMAGES)
+    assert saved_bytes(tuned, IMAGES) < saved_bytes(adapted, IMAGES)
