@@ -15,7 +15,7 @@ from convbn_fx.compiled_reports import compiled_report
 from convbn_fx.discovery import Discovery, Explored, OwnedPair, discover
 from convbn_fx.exploration import GuessedTensor
 from convbn_fx.graph_module import GraphModule, make_plain
-from convbn_fx.linking import file_report, keep_in_eval_mode, link
+from convbn_fx.linking import file_report, keep_in_eval_mode, link, orphaned
 from convbn_fx.matching import find_pairs
 from convbn_fx.modes import batch_norms, selected
 from convbn_fx.private_copy import private_copy
@@ -434,6 +434,8 @@ def report(model: nn.Module) -> Report:
         known = {(pair.convolution, pair.batch_norm) for part in reports for pair in part.fused}
         new = [pair for pair in compiled.fused if (pair.convolution, pair.batch_norm) not in known]
         reports.append(Report(new, [] if known else compiled.skipped))
+    if left := list(orphaned(model)):
+        reports.append(Report([], left))
     if not reports:
         raise ValueError(
             f"report: nothing in this {type(model).__name__} was rewritten by convbn_fx. Pass the model that tune, "

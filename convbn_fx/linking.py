@@ -14,7 +14,7 @@ from convbn_fx.discovery import OwnedPair, identity
 from convbn_fx.function_calls import Site
 from convbn_fx.graph_module import keep_all_in_copies
 from convbn_fx.matching import hooks_note
-from convbn_fx.records import Pair, Report, Skip, SkipReason
+from convbn_fx.records import Pair, Report, Skip, SkipReason, without_wrappers
 from convbn_fx.roles import FUNCTION_CALLS, PAIRING, REPORT, SCOPE, STAYS_IN_EVAL_MODE, ScopeHooks, become
 
 
@@ -132,6 +132,18 @@ class FiledReport:
             else:
                 fused.append(replace(pair, note=hooks_note(pairing.watched)))
         return Report(fused, skipped)
+
+
+def orphaned(model: nn.Module) -> Iterator[Skip]:
+    """The batch norms of tuned pairs whose forward is not in a model: an extractor calls their modules itself."""
+    names = {id(module): without_wrappers(name) for name, module in model.named_modules()}
+    scopes = {id(vars(module)[SCOPE]) for module in model.modules() if SCOPE in vars(module)}
+    for pairing in (vars(module).get(PAIRING) for module in model.modules()):
+        if pairing is not None and scopes.isdisjoint(map(id, pairing.scopes)):
+            for norm in pairing.norms:
+                if id(norm) in names:
+                    detail = "the forward that was tuned is not in this model: extract first, then tune"
+                    yield Skip(names[id(norm)], SkipReason.CHANGED_SINCE, detail)
 
 
 def file_report(

@@ -12,6 +12,7 @@ from originals import pairs_run, with_frozen_norms
 from torch import nn
 from torch.nn import functional as F
 from torchvision import models
+from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from convbn_fx import report, tune
@@ -278,6 +279,18 @@ def test_a_feature_extractor_of_a_tuned_model(extracted, training):
     again = tune(of_tuned.eval(), norm_eval=True)
     assert len(report(again).fused) == pairs
     assert_equivalent(with_frozen_norms(original), again.train(), IMAGES)
+
+
+@pytest.mark.parametrize("extractor", [create_feature_extractor, IntermediateLayerGetter])
+def test_an_extractor_of_a_tuned_model_tells_what_it_takes_apart(extractor):
+    tuned = tune(prepared(models.resnet18()))
+    extracted = extractor(tuned, {"layer1": "features"})
+    assert "bn1" in {skip.batch_norm for skip in report(extracted).skipped if "extract first" in skip.detail}
+    assert report(tuned).skipped == report(tuned.layer1).skipped == []
+    again = tune(extracted)
+    assert report(again).skipped == []
+    assert len(report(again).fused) == 5
+    assert_equivalent(extracted, again, IMAGES)
 
 
 # --- Adapters -----------------------------------------------------------------------------------------------------
