@@ -92,6 +92,7 @@ class PrivateCopy:
             if not isinstance(copied, _Opaque):
                 self._fill(copied, module, memo)
             self._take_calls(copied)
+        writes.tracing_begins()
 
     def _fill(self, copied: nn.Module, module: nn.Module, memo: Memo) -> None:
         for name, value in _attributes(module):

@@ -23,11 +23,13 @@ class WritesNothing(TorchDispatchMode):
 
     Attributes:
         has_drawn: Whether random numbers were drawn.
+        has_written: Whether something was to be written to a tensor that there was already when tracing began.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.has_drawn = False
+        self.has_drawn = self.has_written = False
+        self.before = frozenset[int]()  # those of `made` that are copies of the model's
         self.made: dict[int, Any] = {}  # storages, kept so that no other gets the address of one of them
 
     def __torch_dispatch__(
@@ -35,7 +37,9 @@ class WritesNothing(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         written = _written(func, args, kwargs)
-        if not all(key in self.made for key, _ in _storages(written)):
+        keys = {key for key, _ in _storages(written)}
+        self.has_written |= not keys <= self.made.keys() - self.before
+        if not keys <= self.made.keys():
             returned = len(func._schema.returns)
             return written[0] if returned == 1 else tuple(written) if returned else None
         if torch.Tag.nondeterministic_seeded in func.tags:
@@ -45,6 +49,10 @@ class WritesNothing(TorchDispatchMode):
         result = func(*args, **kwargs)
         self.made |= {key: storage for key, storage in _storages(result) if key not in given}
         return result
+
+    def tracing_begins(self) -> None:
+        """Tells what was made up to now from what a forward makes."""
+        self.before, self.has_written = frozenset(self.made), False
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

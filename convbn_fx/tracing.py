@@ -239,6 +239,20 @@ class Tracer(torch.fx.Tracer):
                     f"the forward reads {name}, which {type(module).__name__} computes when it is read"
                 )
 
+    def check_writes(self) -> None:
+        """Raises if a tensor is written to that is no parameter or buffer: a graph keeps such as they were made."""
+        tensors = set(self.names_of_tensors.values())
+        written = [
+            source.target
+            for node in self.graph.nodes
+            if str(getattr(node.target, "__name__", node.target)).endswith("_")
+            or node.kwargs.get("out") is not None
+            for source in node.all_input_nodes
+            if source.op == "get_attr" and source.target not in tensors
+        ]
+        if written or self.private.writes.has_written:
+            raise RuntimeError("the forward writes to a tensor that is no buffer: register it as one")
+
     def check_leaves(self) -> None:
         """Raises if the forward has computed what a leaf uses: the graph would not."""
         for name, module in self.root.named_modules():
@@ -336,6 +350,7 @@ def _trace(
             graph = tracer.trace_in(private, root, concrete_args)
             tracer.check_leaves()
             tracer.check_reads()
+            tracer.check_writes()
             if private.writes.has_drawn:
                 raise RuntimeError(
                     "the forward draws random numbers that depend on no input: they would be constants"

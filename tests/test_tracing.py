@@ -255,6 +255,42 @@ def test_parameters_replaced_on_the_original_are_seen_where_modules_are_shared()
     assert_equivalent(model, graph_module, X)
 
 
+def adds_up(m, x):
+    total = torch.zeros(4, 1, 1, dtype=X.dtype)
+    total += x.mean()
+    return m.norm(m.conv(x)) + total
+
+
+def adds_up_in_an_operation(m, x):
+    total = torch.zeros((), dtype=X.dtype)
+    torch.add(total, x.mean(), out=total)
+    return m.norm(m.conv(x)) + total
+
+
+def counts_in_an_attribute(m, x):
+    m.calls.add_(1)
+    return m.norm(m.conv(x)) * m.calls
+
+
+@pytest.mark.parametrize("forward", [adds_up, adds_up_in_an_operation, counts_in_an_attribute])
+def test_writing_to_what_a_graph_keeps(forward):
+    model = prepared(Pair(forward=forward))
+    model.calls = torch.zeros((), dtype=X.dtype)
+    with pytest.raises(TracingError, match="writes to a tensor that is no buffer"):
+        symbolic_trace(model)
+    assert model.calls == 0
+
+
+def test_writing_to_what_the_forward_makes():
+    def forward(m, x):
+        scale = torch.zeros(4, 1, 1, dtype=X.dtype)
+        scale[1:] = 2.0
+        return m.norm(m.conv(x)) * scale.mul_(3)
+
+    model = prepared(Pair(forward=forward))
+    assert_equivalent(model, fused(model), X)
+
+
 @pytest.mark.parametrize("changed", ["input", "alias"])
 def test_augmented_assignment(changed):
     def forward(m, x):

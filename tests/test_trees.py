@@ -4,6 +4,8 @@ import contextlib
 import copy
 import io
 import sys
+import threading
+import time
 import warnings
 from dataclasses import replace
 
@@ -17,9 +19,11 @@ from trees import (
     AROUND,
     CONDITIONS,
     CONVS,
+    FLAT,
     FUNCTIONS,
     HELD,
     IN_PLACE,
+    MOMENTUM,
     NORMS,
     PLAIN,
     READ_OF,
@@ -32,11 +36,11 @@ from trees import (
     Conv,
     Features,
     Function,
+    Momentum,
     Norm,
     Read,
     Tree,
     Weight,
-    example_input,
     features_of,
     trees,
 )
@@ -44,7 +48,7 @@ from trees import (
 import convbn_fx
 
 #: Where Python asks nobody what a value is, a trace bakes in one way, as docs/limits.md says.
-TRACED = Features().without(conditions=["option", "keyword", "dtype is"])
+TRACED = Features().without(conditions=["option", "keyword", "dtype is", "grad mode"])
 
 
 # --- What a user does --------------------------------------------------------------------------------------------
@@ -53,7 +57,12 @@ TRACED = Features().without(conditions=["option", "keyword", "dtype is"])
 def ways(tree):
     """The ways in which users call the model, by name: with each of its options, twice, and its public methods."""
     root = tree.root
-    found = {"forward": lambda model, x: model(x), "twice": lambda model, x: [model(x), model(2 * x)]}
+    found = {
+        "forward": lambda model, x: model(x),
+        "twice": lambda model, x: [model(x), model(2 * x)],
+        "no_grad": torch.no_grad()(lambda model, x: model(x)),
+        "inference_mode": torch.inference_mode()(lambda model, x: model(x)),
+    }
     if "option" in root.conditions:
         found["option"] = lambda model, x: model(x, option=True)
     if "keyword" in root.conditions:
@@ -74,7 +83,7 @@ def train_norm(number):
 
 
 def batch_norms(model):
-    names = ("BatchNorm2d", "NamedNorm", "FunctionalNorm", "ActivatedNorm", "DoublingNorm")
+    names = ("BatchNorm2d", "BatchNorm1d", "NamedNorm", "FunctionalNorm", "ActivatedNorm", "DoublingNorm")
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
@@ -109,7 +118,7 @@ def quiet():
 
 def outcome(tree, model, parameters, way, gradients=True):
     """What a call returns, and every gradient, those of what it returns besides the last value too."""
-    x = example_input().requires_grad_(gradients)
+    x = tree.example_input().requires_grad_(gradients)
     sources = {"input": x, **{name: each for name, each in parameters.items() if each.requires_grad}}
     with torch.set_grad_enabled(gradients), quiet():
         outputs = pytree.tree_leaves(way(model, x.clone()))
@@ -166,20 +175,60 @@ def snapshot(built):
     }
 
 
-def made(function, model):
+#: What is around the call of the library.
+WITHIN = {
+    "nothing": contextlib.nullcontext,
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+}
+
+
+def made(function, model, within="nothing"):
     """What the library makes of a model; it prints nothing, whatever the model's forwards print."""
-    with quiet() as printed:
+    with quiet() as printed, WITHIN[within]():
         result = function(model)
     assert printed.getvalue() == ""
     return result
 
 
+def made_while_it_runs(function, tree):
+    """What the library makes of a model that another thread runs meanwhile, as it always does."""
+    model, x = tree.build().model, tree.example_input()
+    expected = outcome(tree, tree.build().model, {}, ways(tree)["forward"], gradients=False)
+    found, ended, runs = [], threading.Event(), threading.Event()
+
+    def run():
+        while not ended.is_set():
+            with torch.no_grad():
+                found.append(pytree.tree_leaves(model(x.clone())))
+            runs.set()
+
+    thread = threading.Thread(target=run)
+    with quiet():
+        thread.start()
+        try:
+            assert runs.wait(10)
+            function(model)
+        finally:
+            ended.set()
+            thread.join()
+    for outputs in found:
+        assert_same(
+            {name: value for name, value in expected.items() if "requires" not in name},
+            {f"output {i}": output for i, output in enumerate(outputs)},
+            "in another thread",
+        )
+
+
 # --- Properties --------------------------------------------------------------------------------------------------
 
 
-@given(tree=trees(), changes=st.lists(st.sampled_from(list(CHANGES)), max_size=2))
-def test_a_tuned_model_does_what_the_model_does(tree, changes):
-    check_tune(tree, changes)
+within = st.sampled_from(sorted(WITHIN, reverse=True))
+
+
+@given(trees(), st.lists(st.sampled_from(list(CHANGES)), max_size=2), within)
+def test_a_tuned_model_does_what_the_model_does(tree, changes, within):
+    check_tune(tree, changes, within=within)
 
 
 @given(tree=trees(Features(overwrites=True)))
@@ -192,9 +241,24 @@ def test_a_rewritten_graph_does_what_the_model_does(tree):
     check_transform(tree)
 
 
-@given(tree=trees())
-def test_a_deployed_model_does_what_the_model_does(tree):
-    check_deploy(tree)
+@given(trees(), within)
+def test_a_deployed_model_does_what_the_model_does(tree, within):
+    check_deploy(tree, within)
+
+
+#: Every call does the same, whoever calls at the same time.
+STATELESS = Features(training=False, momentum=()).without(functions=["print"])
+
+
+@pytest.mark.parametrize("function", [convbn_fx.tune, convbn_fx.deploy])
+def test_another_thread_runs_the_model_meanwhile(function):
+    @settings(max_examples=settings().max_examples // 5)
+    @given(trees(STATELESS))
+    def check(tree):
+        tell(tree)
+        made_while_it_runs(function, tree)
+
+    check()
 
 
 def tell(tree):
@@ -202,11 +266,11 @@ def tell(tree):
         note(tree.write())
 
 
-def check_tune(tree, changes=(), gradients=True):
+def check_tune(tree, changes=(), gradients=True, within="nothing"):
     tell(tree)
     reference, original = tree.build(), tree.build()
     before, values = snapshot(original), state(original)
-    tuned = made(convbn_fx.tune, original.model)
+    tuned = made(convbn_fx.tune, original.model, within)
     assert_same(values, state(original), "state after tune")
     assert snapshot(original) == before
 
@@ -246,26 +310,28 @@ def check_transform(tree):
         assert snapshot(original) == before
         assert_same(values, state(original), "state after symbolic_trace")
     transformed = made(convbn_fx.transform, traced)
-    for name in ("forward", "twice"):
+    for name in ("forward", "twice", "no_grad", "inference_mode"):
         expected = outcome(tree, reference.model, reference.parameters, ways(tree)[name])
         assert_same(expected, outcome(tree, transformed, original.parameters, ways(tree)[name]), name)
-        assert_same(state(reference), state(original), f"state after {name}")
+        if not any("checkpoint" in around for around in tree.around):  # which a graph does without
+            assert_same(state(reference), state(original), f"state after {name}")
     assert snapshot(original) == before
 
 
-def check_deploy(tree):
+def check_deploy(tree, within="nothing"):
     tell(tree)
     reference, original = tree.build(), tree.build()
     before, values = snapshot(original), state(original)
-    deployed = made(convbn_fx.deploy, original.model)
+    deployed = made(convbn_fx.deploy, original.model, within)
+    assert_same(values, state(original), "state after deploy")
+    assert not any(tensor.is_inference() for tensor in deployed.state_dict().values())
     for name, way in ways(tree).items():
         if name in tree.root.parts_of_forward:  # docs/limits.md
             continue
         expected = outcome(tree, reference.model, {}, way, gradients=False)
         assert_same(expected, outcome(tree, deployed, {}, way, gradients=False), f"{name} deployed")
+        assert_same(state(reference), state(original), f"state after {name} deployed")
     assert snapshot(original) == before
-    if not any(getattr(tree.modules[index], "training", False) for index in tree.reached):
-        assert_same(values, state(original), "state after deploy")
 
 
 # --- What was found, each at its smallest ------------------------------------------------------------------------
@@ -325,6 +391,14 @@ FOUND = {
     "a decorated method on another way": blocks(
         ((CONV, NORM), (Branch("keyword", Apply(0, (0,), "decorated method")), Apply(1, (0, 1))))
     ),
+    **{
+        f"a momentum copy, {writer}, {'a' if is_buffer else 'no'} buffer": blocks(
+            ((CONV, NORM), (*PAIR[1], Momentum(1, 0, writer, is_buffer)))
+        )
+        for writer in MOMENTUM
+        for is_buffer in (True, False)
+    },
+    "a linear layer": blocks(PAIR, leaves=(Conv("nn.Linear"), Norm("nn.BatchNorm1d"))),
     "a call that does more": blocks(PAIR, leaves=(Conv("DoublingCallConv"), Norm())),
     "a weight that is computed when it is read": blocks(PAIR, leaves=(Conv("InterceptedConv"), Norm())),
 }
@@ -382,6 +456,43 @@ def test_a_wrong_result_is_noticed(wrong, monkeypatch):
         check_tune(blocks(PAIR))
 
 
+def exchanging_the_forward_for_a_while(model):
+    model.forward = torch.zeros_like
+    time.sleep(0.05)
+    del model.forward
+
+
+def test_another_threads_wrong_result_is_noticed():
+    with pytest.raises(AssertionError, match="in another thread"):
+        made_while_it_runs(exchanging_the_forward_for_a_while, blocks(PAIR))
+
+
+def writing_to_buffers(model):
+    model.momentum1.mul_(2)
+    return copy.deepcopy(model)
+
+
+@pytest.mark.parametrize("within", WITHIN)
+def test_a_write_meanwhile_is_noticed(within, monkeypatch):
+    tree = FOUND["a momentum copy, foreach, a buffer"]
+    monkeypatch.setattr(convbn_fx, "deploy", writing_to_buffers)
+    with pytest.raises(AssertionError, match="state after deploy"):
+        check_deploy(tree, within)
+
+
+def with_a_tensor_of_inference_mode(model):
+    deployed = copy.deepcopy(model)
+    deployed.c0.bias = torch.nn.Parameter(model.c0.bias.detach() * 1)
+    return deployed
+
+
+def test_what_cannot_be_trained_after_inference_mode_is_noticed(monkeypatch):
+    monkeypatch.setattr(convbn_fx, "deploy", with_a_tensor_of_inference_mode)
+    check_deploy(blocks(PAIR))
+    with pytest.raises(AssertionError):
+        check_deploy(blocks(PAIR), "inference_mode")
+
+
 # --- Nothing is right because all is refused ---------------------------------------------------------------------
 
 
@@ -428,20 +539,21 @@ SEARCH = settings(settings.get_profile("dev"), derandomize=True, database=None, 
 OTHERS = {
     *("shared conv", "shared norm", "shared act", "shared block", "children twice", "two of a class"),
     *("conv tied", "norm tied", "norm training", "conv frozen", "homeless", "hook", "public", "outputs"),
-    *("trains", "method of a child", "weight", "add"),
+    *("trains", "method of a child", "weight", "add", "momentum is a buffer", "momentum is no buffer"),
 }
 
 
 @pytest.mark.slow
 def test_everything_is_drawn():
     """A property says nothing about what is never drawn."""
-    missing = {*CONVS, *NORMS, *ACTS, *OTHERS}
+    missing = {*CONVS, *NORMS, *FLAT, *ACTS, *OTHERS}
     for prefix, names in {
         "held": HELD,
         "function": {**FUNCTIONS, **IN_PLACE},
         "if": CONDITIONS,
         "around": AROUND,
         "read": READ_OF,
+        "momentum": MOMENTUM,
     }.items():
         missing |= {f"if {name}" if prefix == "if" else f"{prefix}: {name}" for name in names}
 

@@ -9,7 +9,7 @@ its own reproduction. All values have the same shape, so that everything fits ev
 import linecache
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from convbn_fx.testing import randomize_batchnorms
 
 CHANNELS = 3
 SHAPE = (2, CHANNELS, 4, 4)
+FLAT_SHAPE = (8, CHANNELS)
 LARGEST_COST = 20  # calls of layers in one call of a model
 
 
@@ -172,6 +173,17 @@ READ_OF: dict[str, tuple[str, ...]] = {
 }
 
 
+#: How a forward keeps a momentum copy {b} of a weight {w}.
+MOMENTUM: dict[str, str] = {
+    "in place": "{b}.mul_(0.5).add_({w}.detach())",
+    "foreach": "torch._foreach_lerp_([{b}], [{w}.detach()], 0.5)",
+    "out": "torch.add({b}, {w}.detach(), alpha=0.5, out={b})",
+    "data": "{b}.data += 0.5 * {w}.data",
+    "new data": "{b}.data = {b} + 0.5 * {w}.detach()",
+    "numpy": "{b}.numpy()[:] += 0.5 * {w}.detach().numpy()",
+}
+
+
 # --- Modules -----------------------------------------------------------------------------------------------------
 
 _spec = dataclass(frozen=True, repr=False)
@@ -190,6 +202,8 @@ class Conv(Brief):
     kind = "conv"
 
     def source(self) -> str:
+        if self.cls == "nn.Linear":
+            return f"{self.cls}(3, 3, bias={self.bias})"
         return f"{self.cls}(3, 3, {self.kernel}, padding={self.kernel // 2}, bias={self.bias})"
 
 
@@ -220,6 +234,8 @@ class Act(Brief):
         return self.code
 
 
+#: Where there is a linear layer, there are only such, and their batch norms.
+FLAT = ("nn.Linear", "nn.BatchNorm1d")
 CONVS = (
     "nn.Conv2d",
     "NamedConv",
@@ -235,9 +251,9 @@ CONVS = (
 NORMS = ("nn.BatchNorm2d", "NamedNorm", "FunctionalNorm", "FrozenNorm", "ActivatedNorm", "DoublingNorm")
 ACTS = ("nn.ReLU()", "nn.SiLU()", "SwishModule()", "nn.ReLU(inplace=True)", "nn.SiLU(inplace=True)")
 #: Convolutions whose weight is a parameter of that name.
-WITH_WEIGHT = frozenset(CONVS) - {"PropertyConv", "InterceptedConv"}
+WITH_WEIGHT = frozenset({*CONVS, "nn.Linear"}) - {"PropertyConv", "InterceptedConv"}
 #: Layers whose output is a new tensor that their backward pass does not need.
-FRESH = frozenset(CONVS) | {"nn.BatchNorm2d", "NamedNorm", "FunctionalNorm", "DoublingNorm"}
+FRESH = frozenset(CONVS) | {*FLAT, "nn.BatchNorm2d", "NamedNorm", "FunctionalNorm", "DoublingNorm"}
 
 
 # --- Steps of a forward ------------------------------------------------------------------------------------------
@@ -266,6 +282,10 @@ class Apply(Brief):
     chain: tuple[int, ...]
     around: str = "plain"
     method: str = ""  # of the first, in place of calling it
+
+    @property
+    def features(self) -> set[str]:
+        return {f"around: {self.around}", *(["method of a child"] if self.method else [])}
 
     def write(self, block: "Block", i: int, v: str, t: str) -> Written:
         modules = [block.read(slot) for slot in self.chain]
@@ -301,6 +321,10 @@ class Function(Brief):
     source: int
     name: str = "relu"
 
+    @property
+    def features(self) -> set[str]:
+        return {f"function: {self.name}"}
+
     def write(self, block: "Block", i: int, v: str, t: str) -> Written:
         return Written({**FUNCTIONS, **IN_PLACE}[self.name].format(v=v, t=t))
 
@@ -309,6 +333,10 @@ class Function(Brief):
 class Add(Brief):
     source: int
     other: int
+
+    @property
+    def features(self) -> set[str]:
+        return {"add"}
 
     def write(self, block: "Block", i: int, v: str, t: str) -> Written:
         return Written(f"{t} = {v} + v{self.other}")
@@ -322,10 +350,37 @@ class Weight(Brief):
     slot: int
     transposed: bool = False
 
+    @property
+    def features(self) -> set[str]:
+        return {"weight"}
+
     def write(self, block: "Block", i: int, v: str, t: str) -> Written:
         function = "conv_transpose2d" if self.transposed else "conv2d"
         weight = f"{block.read(self.slot)}.weight"
         return Written(f"{t} = F.{function}({v}, {weight}, padding={weight}.shape[-1] // 2)")
+
+
+@_spec
+class Momentum(Brief):
+    """Writes to a momentum copy of a convolution's weight, and multiplies by its mean."""
+
+    source: int
+    slot: int
+    writer: str = "in place"
+    is_buffer: bool = True  # or a plain attribute
+
+    def made(self, i: int) -> str:
+        copied = f"m{self.slot}.weight.detach().clone()"
+        name = f"momentum{i}"
+        return f"self.register_buffer('{name}', {copied})" if self.is_buffer else f"self.{name} = {copied}"
+
+    @property
+    def features(self) -> set[str]:
+        return {f"momentum: {self.writer}", f"momentum is {'a' if self.is_buffer else 'no'} buffer"}
+
+    def write(self, block: "Block", i: int, v: str, t: str) -> Written:
+        b, w = f"self.momentum{i}", f"{block.read(self.slot)}.weight"
+        return Written(f"{MOMENTUM[self.writer].format(b=b, w=w)}\n{t} = {v} * {b}.mean()")
 
 
 @_spec
@@ -335,6 +390,10 @@ class Read(Brief):
     source: int
     slot: int
     attribute: str
+
+    @property
+    def features(self) -> set[str]:
+        return {f"read: {self.attribute}"}
 
     def write(self, block: "Block", i: int, v: str, t: str) -> Written:
         return Written(f"{t} = {v} * {READ[self.attribute].format(m=block.read(self.slot))}")
@@ -352,6 +411,12 @@ class Branch(Brief):
     def source(self) -> int:
         return self.then.source
 
+    @property
+    def features(self) -> set[str]:
+        return {f"if {self.condition}"}.union(
+            *(part.features for part in (self.then, self.otherwise) if part)
+        )
+
     def write(self, block: "Block", i: int, v: str, t: str) -> Written:
         then = self.then.write(block, i, v, t)
         otherwise = Written(f"{t} = {v}")
@@ -362,7 +427,7 @@ class Branch(Brief):
         return Written(code, then.methods + otherwise.methods)
 
 
-Step = Apply | Function | Add | Weight | Read | Branch
+Step = Apply | Function | Add | Weight | Momentum | Read | Branch
 
 
 @_spec
@@ -412,6 +477,7 @@ class Block(Brief):
             made.append("self.way = Way.FIRST")
         if self.hook is not None:
             made.append(f"self.register_forward_pre_hook(lambda module, args: (m{self.hook}(args[0]),))")
+        made += [step.made(i) for i, step in enumerate(self.steps) if isinstance(step, Momentum)]
         lines = []
         for i, step in enumerate(self.steps):
             written = step.write(self, i, f"v{step.source}" if step.source else "x", f"v{i + 1}")
@@ -490,6 +556,11 @@ class Tree(Brief):
     @property
     def root(self) -> Block:
         return self.modules[-1]
+
+    def example_input(self, seed: int = 0) -> Tensor:
+        is_flat = any(getattr(module, "cls", "") in FLAT for module in self.modules)
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(FLAT_SHAPE if is_flat else SHAPE, generator=generator, dtype=torch.float64)
 
     @property
     def around(self) -> set[str]:
@@ -580,10 +651,6 @@ def _compiled(source: str) -> Any:
     return namespace["build"]
 
 
-def example_input(seed: int = 0) -> Tensor:
-    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 # --- Strategies --------------------------------------------------------------------------------------------------
 
 
@@ -600,6 +667,7 @@ class Features:
     conditions: Sequence[str] = tuple(CONDITIONS)
     around: Sequence[str] = tuple(AROUND)
     read: Sequence[str] = tuple(READ_OF)
+    momentum: Sequence[str] = tuple(MOMENTUM)
     training: bool = True  # batch norms in Train mode
     tied: bool = True
     weights: bool = True  # that forwards read
@@ -607,6 +675,7 @@ class Features:
     hooks: bool = True
     homeless: bool = True
     overwrites: bool = False  # in place what autograd needs
+    flat: bool = True  # linear layers
 
     def without(self, **names: Sequence[str]) -> "Features":
         """The same but for these."""
@@ -627,20 +696,39 @@ PLAIN = Features(
     conditions=(),
     around=("plain", "lines"),
     read=(),
+    momentum=(),
     training=False,
     tied=False,
     weights=False,
     public=False,
     hooks=False,
     homeless=False,
+    flat=False,
 )
+#: What does not ask for feature maps.
+_FLAT = {
+    "functions": (
+        "relu",
+        "tanh",
+        "twice",
+        "swish",
+        "scaled gradient",
+        "detached",
+        "clone",
+        "item",
+        "chunk",
+        "print",
+    ),
+    "in_place": ("relu_", "mul_", "add_", "setitem"),
+    "read": ("num_features", "eps", "weight", "class name"),
+}
 
 
 @st.composite
 def some(draw: st.DrawFn, features: Features) -> Features:
     """A few of the features: where everything may be drawn at once, little of it meets."""
     few = {
-        name: tuple(draw(st.lists(st.sampled_from(names), min_size=1, max_size=most, unique=True)))
+        name: tuple(draw(st.lists(_pick(names), min_size=1, max_size=most, unique=True)))
         for name, most in (
             ("convs", 1),
             ("norms", 1),
@@ -651,6 +739,7 @@ def some(draw: st.DrawFn, features: Features) -> Features:
             ("conditions", 2),
             ("around", 2),
             ("read", 1),
+            ("momentum", 1),
         )
         if (names := getattr(features, name))
     }
@@ -659,25 +748,46 @@ def some(draw: st.DrawFn, features: Features) -> Features:
     return replace(features, **few)
 
 
+def _flattened(features: Features) -> Features:
+    """The same for linear layers."""
+    kept = {
+        field: tuple(name for name in getattr(features, field) if name in names)
+        for field, names in _FLAT.items()
+    }
+    return replace(features, convs=FLAT[:1], norms=FLAT[1:], weights=False, **kept)
+
+
+@cache
+def _picked(choices: tuple[Any, ...]) -> st.SearchStrategy[Any]:
+    return st.sampled_from(choices)
+
+
+def _pick(choices: Sequence[Any]) -> st.SearchStrategy[Any]:
+    """One of these: the strategy is made and validated once, which takes longer than to draw."""
+    return _picked(tuple(choices))
+
+
 def _often(plain: str, others: Sequence[str]) -> st.SearchStrategy[str]:
     """Half of the time the plain one."""
-    return st.sampled_from([plain] * max(1, len(others)) + [*others])
+    return _pick([plain] * max(1, len(others)) + [*others])
 
 
 @st.composite
 def _leaves(draw: st.DrawFn, features: Features) -> list[Any]:
     leaves: list[Any] = []
-    few = st.sampled_from([1, 1, 2, 2, 2, 3])  # the fewer there are, the more is shared
+    few = _pick([1, 1, 2, 2, 2, 3])  # the fewer there are, the more is shared
     for _ in range(draw(few)):
-        cls, kernel = draw(_often("nn.Conv2d", features.convs)), draw(st.sampled_from([1, 3]))
+        plain = "nn.Linear" if "nn.Linear" in features.convs else "nn.Conv2d"
+        cls, kernel = draw(_often(plain, features.convs)), draw(_pick([1, 3]))
         like = [i for i, conv in enumerate(leaves) if conv.cls in WITH_WEIGHT and conv.kernel == kernel]
         tied = None
         if features.tied and cls in WITH_WEIGHT and like and draw(st.integers(0, 3)) == 3:
-            tied = draw(st.sampled_from(like))
+            tied = draw(_pick(like))
         frozen = cls in WITH_WEIGHT and draw(st.integers(0, 7)) == 7
         leaves.append(Conv(cls, kernel, draw(st.booleans()), tied, frozen))
     for _ in range(draw(few)):
-        cls, affine = draw(_often("nn.BatchNorm2d", features.norms)), not draw(st.booleans())
+        plain = "nn.BatchNorm1d" if "nn.BatchNorm1d" in features.norms else "nn.BatchNorm2d"
+        cls, affine = draw(_often(plain, features.norms)), not draw(st.booleans())
         tieable = cls != "FrozenNorm" and affine
         like = [
             i
@@ -685,13 +795,11 @@ def _leaves(draw: st.DrawFn, features: Features) -> list[Any]:
             if norm.kind == "norm" and norm.affine and norm.cls != "FrozenNorm"
         ]
         tied = (
-            draw(st.sampled_from(like))
-            if features.tied and tieable and like and draw(st.integers(0, 3)) == 3
-            else None
+            draw(_pick(like)) if features.tied and tieable and like and draw(st.integers(0, 3)) == 3 else None
         )
         training = features.training and cls != "FrozenNorm" and draw(st.integers(0, 7)) == 7
         leaves.append(Norm(cls, affine, tied, training))
-    acts = st.sampled_from(features.acts or ("nn.ReLU()",))
+    acts = _pick(features.acts or ("nn.ReLU()",))
     leaves.extend(Act(draw(acts)) for _ in range(draw(st.integers(0, 2))))
     return leaves
 
@@ -743,14 +851,14 @@ class _Scope:
 @st.composite
 def _slot(draw: st.DrawFn, scope: _Scope, candidates: Sequence[int], is_module: bool = False) -> int:
     """A reference to one of these modules: one there is, or a new one."""
-    module = draw(st.sampled_from(candidates))
+    module = draw(_pick(candidates))
     slots = [
         slot
         for slot, child in enumerate(scope.children)
         if child.module == module and (HELD[child.held].is_module or not is_module)
     ]
     if slots and draw(st.integers(0, 4)) < 4:
-        return draw(st.sampled_from(slots))
+        return draw(_pick(slots))
     held = [name for name in scope.features.held if HELD[name].is_module or not is_module]
     hold = draw(_often("attribute", held))
     scope.children.append(Child(module, hold))
@@ -778,7 +886,7 @@ def _apply(draw: st.DrawFn, scope: _Scope, source: int | None = None) -> Apply:
     if source is None:
         source = draw(_source(scope))
     blocks = [chain for chain in possible if "block" in chain]
-    kinds = draw(st.sampled_from([*possible[:2] * 4, *possible, *possible[2:4] * 2, *blocks * 4]))
+    kinds = draw(_pick([*possible[:2] * 4, *possible, *possible[2:4] * 2, *blocks * 4]))
     chain: list[int] = []
     for kind in kinds:
         candidates = scope.affordable(kind) or scope.affordable("conv")
@@ -808,7 +916,7 @@ def _apply(draw: st.DrawFn, scope: _Scope, source: int | None = None) -> Apply:
 
 def _source(scope: _Scope) -> st.SearchStrategy[int]:
     last = len(scope.steps)
-    return st.sampled_from([last, last, last, last, *range(last, -1, -1)])
+    return _pick([last, last, last, last, *range(last, -1, -1)])
 
 
 @st.composite
@@ -818,7 +926,7 @@ def _function(draw: st.DrawFn, scope: _Scope, source: int | None = None) -> Func
         source = draw(_source(scope))
     if source in scope.changeable and scope.features.in_place:
         names += scope.features.in_place
-    return Function(source, draw(st.sampled_from(names)))
+    return Function(source, draw(_pick(names)))
 
 
 @st.composite
@@ -828,8 +936,16 @@ def _weight(draw: st.DrawFn, scope: _Scope) -> Weight:
 
 
 @st.composite
+def _momentum(draw: st.DrawFn, scope: _Scope) -> Momentum:
+    slot = draw(_slot(scope, scope.affordable("conv"), is_module=True))
+    if scope.module(slot).cls not in WITH_WEIGHT:
+        return draw(_weight(scope))
+    return Momentum(draw(_source(scope)), slot, draw(_pick(scope.features.momentum)), draw(st.booleans()))
+
+
+@st.composite
 def _read(draw: st.DrawFn, scope: _Scope) -> Read:
-    attribute = draw(st.sampled_from(scope.features.read))
+    attribute = draw(_pick(scope.features.read))
     of = [
         index
         for index, module in enumerate(scope.modules)
@@ -840,7 +956,7 @@ def _read(draw: st.DrawFn, scope: _Scope) -> Read:
 
 @st.composite
 def _branch(draw: st.DrawFn, scope: _Scope) -> Branch:
-    condition = draw(st.sampled_from(scope.features.conditions))
+    condition = draw(_pick(scope.features.conditions))
     source = draw(_source(scope))
     then = draw(_apply(scope, source))
     others = st.none() | _function(scope, source) if scope.features.functions else st.none()
@@ -864,12 +980,14 @@ def _block(draw: st.DrawFn, modules: list[Any], costs: list[int], features: Feat
         choices += [_weight]
     if features.read:
         choices += [_read]
+    if features.momentum:
+        choices += [_momentum]
     if features.conditions:
         choices += [_branch] * 3
-    for _ in range(draw(st.sampled_from([1, 2, 3, 3, 4, 4]))):
+    for _ in range(draw(_pick([1, 2, 3, 3, 4, 4]))):
         if scope.cost >= LARGEST_COST or not scope.affordable("conv"):
             break
-        step = draw(draw(st.sampled_from(choices))(scope))
+        step = draw(draw(_pick(choices))(scope))
         fresh = isinstance(step, Apply) and step.around in ("plain", "lines") and scope.snippet(step.chain)
         scope.add(step, fresh and not step.method)
     changing = {
@@ -878,11 +996,11 @@ def _block(draw: st.DrawFn, modules: list[Any], costs: list[int], features: Feat
     slots = sorted(set(range(len(scope.children))) - changing)
     public: tuple[int, ...] = ()
     if features.public and slots and draw(st.booleans()):
-        public = tuple(draw(st.lists(st.sampled_from(slots), min_size=1, max_size=2)))
+        public = tuple(draw(st.lists(_pick(slots), min_size=1, max_size=2)))
     hook = None
     if features.hooks and draw(st.integers(0, 9)) == 9:
         hook = draw(_slot(scope, scope.affordable("conv") or [0]))
-    name = draw(st.sampled_from(["features", "explore", "discover", "embed"])) if public else "features"
+    name = draw(_pick(["features", "explore", "discover", "embed"])) if public else "features"
     value = st.integers(0, len(scope.steps))
     return Block(
         tuple(scope.children),
@@ -899,13 +1017,14 @@ def _block(draw: st.DrawFn, modules: list[Any], costs: list[int], features: Feat
 @st.composite
 def trees(draw: st.DrawFn, features: Features = Features()) -> Tree:
     """Models of up to eight layers and four blocks."""
-    features = draw(some(features))
+    flat = features.flat and draw(st.integers(0, 7)) == 7
+    features = draw(some(_flattened(features) if flat else features))
     modules = draw(_leaves(features))
     costs = [1] * len(modules)
-    for _ in range(draw(st.sampled_from([0, 1, 2, 2, 3, 3]))):
+    for _ in range(draw(_pick([0, 1, 2, 2, 3, 3]))):
         earlier = [index for index, module in enumerate(modules) if isinstance(module, Block)]
         if earlier and draw(st.integers(0, 2)) == 2:
-            like = draw(st.sampled_from(earlier))
+            like = draw(_pick(earlier))
             modules.append(draw(_sibling(modules, modules[like])))
             costs.append(costs[like])
         else:
@@ -931,7 +1050,7 @@ def _sibling(draw: st.DrawFn, modules: list[Any], block: Block) -> Block:
                 and getattr(other, "overwrites", False) == getattr(module, "overwrites", False)
                 and (getattr(other, "cls", None) in FRESH) == (getattr(module, "cls", None) in FRESH)
             ]
-        children.append(replace(child, module=draw(st.sampled_from(same))))
+        children.append(replace(child, module=draw(_pick(same))))
     return replace(block, children=tuple(children))
 
 
@@ -976,23 +1095,4 @@ def _features_of_block(block: Block) -> set[str]:
     if block.hook is not None:
         found.add("hook")
 
-    def visit(step: Any) -> None:
-        if isinstance(step, Branch):
-            found.add(f"if {step.condition}")
-            visit(step.then)
-            if step.otherwise is not None:
-                visit(step.otherwise)
-        elif isinstance(step, Apply):
-            found.add(f"around: {step.around}")
-            if step.method:
-                found.add("method of a child")
-        elif isinstance(step, Function):
-            found.add(f"function: {step.name}")
-        elif isinstance(step, Read):
-            found.add(f"read: {step.attribute}")
-        else:
-            found.add(type(step).__name__.lower())
-
-    for step in block.steps:
-        visit(step)
-    return found
+    return found.union(*(step.features for step in block.steps))
