@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import handle_torch_function
 
-from convbn_fx import kinds
-from convbn_fx.arithmetic import batch_norm, convolution, is_half, output_channels, rounded
+from convbn_fx import kinds, native
+from convbn_fx.arithmetic import batch_norm, convolution, is_eager, is_half, output_channels, rounded
 from convbn_fx.autocast import computing_dtype
 from convbn_fx.costs import Form, cheapest_form
 from convbn_fx.folding import fold
@@ -29,6 +29,8 @@ from convbn_fx.operands import BatchNorm, Convolution
 from convbn_fx.recomputation import recomputed_in_backward
 
 __all__ = ["conv_batch_norm", "fold"]
+
+native.load()  # a tuned model that comes out of a pickle needs no tune to run fast
 
 
 def conv_batch_norm(
@@ -183,6 +185,11 @@ def _in_best_form(input: Tensor, conv: Convolution, norm: BatchNorm, dtype: torc
     """Fused in the form that suits the call; None where Eval mode's two steps are better."""
     if _is_compiled(input):
         return _captured(input, conv, norm, dtype)
+    if native.operator is not None and is_eager(input) and not _is_transformed():
+        if _trains_gamma_alone(input, conv, norm) and torch.is_grad_enabled():
+            if output_size(input, conv.weight, conv) * dtype.itemsize <= _saved_for_gamma(input, conv):
+                return None
+        return native.fused_convolution(rounded(input, dtype), conv, norm)
     size = output_size(input, conv.weight, conv)
     if _is_transformed() or not _wants_gradient(input, conv, norm):
         return None if is_half(dtype) or conv.weight.numel() > size else _formula(input, conv, norm)
@@ -249,6 +256,11 @@ def _saved_for_gamma(input: Tensor, conv: Convolution) -> int:
     ]
     size: int = input.untyped_storage().nbytes() + sum(tensor.nbytes for tensor in computed)
     return size
+
+
+def _trains_gamma_alone(input: Tensor, conv: Convolution, norm: BatchNorm) -> bool:
+    gamma_trains = norm.weight is not None and norm.weight.requires_grad
+    return gamma_trains and _eval_mode_saves_the_output_alone(input, conv)
 
 
 def _eval_mode_saves_the_output_alone(input: Tensor, conv: Convolution) -> bool:

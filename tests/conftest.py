@@ -8,7 +8,11 @@ import torch
 from hypothesis import Phase, settings
 from torch_alone import left_out
 
-from convbn_fx import costs
+# Tests use the operator in C++ where it is built (`make setup` builds it), and build none, nor do their processes.
+from convbn_fx import costs, native
+
+if native.operator is None:
+    os.environ["CONVBN_FX_NATIVE"] = "0"
 
 # On tensors as small as the tests', a second thread only waits; and two runs of one test give the same bits.
 torch.set_num_threads(1)
@@ -32,7 +36,10 @@ collect_ignore = left_out()
 
 
 def pytest_report_header(config):
-    return f"{len(collect_ignore)} files left out: {' '.join(collect_ignore)}" if collect_ignore else None
+    lines = [f"operator: {'plain operations' if native.operator is None else 'C++'}"]
+    if collect_ignore:
+        lines.append(f"{len(collect_ignore)} files left out: {' '.join(collect_ignore)}")
+    return lines
 
 
 def pytest_configure(config):
@@ -52,6 +59,12 @@ def _fresh_compiler():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def plain_operations(monkeypatch):
+    """As where there is no compiler."""
+    monkeypatch.setattr(native, "operator", None)
 
 
 @pytest.fixture

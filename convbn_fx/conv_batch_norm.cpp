@@ -1,0 +1,774 @@
+// The fused operator: a convolution and the frozen batch norm after it, as one differentiable operation.
+//
+//     Z = (scale W) * X + beta + scale (b - mu),    scale = gamma / sqrt(var + eps)
+//
+// Of activation size, the input is all that is saved. The fused weight is computed again in the backward pass, and from
+// dW' and db', the gradients of the fused parameters, come
+//
+//     dW = scale dW',   db = scale db',   dbeta = db',   dgamma = (<dW', W> + db' (b - mu)) / sqrt(var + eps).
+//
+// There are three forms, chosen by sizes and dtypes: folded, as above; scaled, where the scale stays on the output,
+// because the weight is the larger or in half precision; and apart, the two operations of Eval mode. fused.py is the
+// same in Python, operation by operation. Loops over memory take the place of operations on the CPU where the weights
+// of each output channel lie together.
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <array>
+#include <cmath>
+#include <optional>
+#include <vector>
+
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+#define FOR_EVERY_PROCESSOR __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define FOR_EVERY_PROCESSOR
+#endif
+
+namespace convbn_fx {
+
+using at::IntArrayRef;
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using OptionalTensor = std::optional<Tensor>;
+
+// A weight so many times as large as the output is better left alone, and the output saved: see costs.py.
+constexpr double kWeightPerOutput = 16.0;
+
+// A scale on the output has to be divided out of gamma's gradient. Down to this size it is; below, this constant stands
+// on the output in its place and what is missing on the weight, so that gamma may be tiny or 0.
+constexpr double kSmallestDivisor = 1.0 / 128;
+
+struct Geometry {
+  std::vector<int64_t> stride, padding, dilation, output_padding;
+  bool transposed;
+  int64_t groups;
+
+  Tensor convolution(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) const {
+    if (weight.dim() == 2) {
+      return at::linear(input, weight, bias);
+    }
+    return at::convolution(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups);
+  }
+
+  // Gradients of a bare convolution: of its input if there is a weight, of its weight if there is an input. Not of its
+  // bias: the sums that backends make of it are four times as far off as Eval mode's.
+  std::pair<Tensor, Tensor> gradients(
+      const Tensor& grad_output, Tensor input, Tensor weight, IntArrayRef input_size, IntArrayRef weight_size) const {
+    const bool wants_input = weight.defined(), wants_weight = input.defined();
+    if (weight_size.size() == 2) {
+      return {
+          wants_input ? grad_output.matmul(weight) : Tensor(), wants_weight ? grad_output.t().matmul(input) : Tensor()};
+    }
+    if (!wants_input && !wants_weight) {
+      return {};
+    }
+    // Of an operand that no wanted gradient reads, only the shape counts.
+    if (!wants_weight) {
+      input = grad_output.new_empty({}).expand(input_size);
+    }
+    if (!wants_input) {
+      weight = grad_output.new_empty({}).expand(weight_size);
+    }
+    auto [grad_input, grad_weight, grad_bias] = at::convolution_backward(
+        grad_output,
+        input,
+        weight,
+        at::OptionalIntArrayRef(),
+        stride,
+        padding,
+        dilation,
+        transposed,
+        output_padding,
+        groups,
+        {wants_input, wants_weight, false});
+    return {grad_input, grad_weight};
+  }
+
+  int64_t output_channels(const Tensor& weight) const {
+    return transposed ? weight.size(1) * groups : weight.size(0);
+  }
+
+  int64_t output_size(const Tensor& input, const Tensor& weight) const {
+    int64_t size = input.size(0) * output_channels(weight);
+    for (int64_t i = 0; i + 2 < weight.dim(); ++i) {
+      const int64_t reach = dilation[i] * (weight.size(i + 2) - 1);
+      const int64_t length = input.size(i + 2) + (transposed ? 0 : 2 * padding[i] - reach - 1);
+      size *= transposed ? (length - 1) * stride[i] - 2 * padding[i] + reach + output_padding[i] + 1
+                         : length / std::max<int64_t>(stride[i], 1) + 1;
+    }
+    return size;
+  }
+
+  // A vector of one number per output channel, in a shape that broadcasts over the weight.
+  Tensor along_channels(const Tensor& vector, IntArrayRef weight_size) const {
+    std::vector<int64_t> shape(weight_size.size(), 1);
+    if (!transposed) {
+      shape[0] = -1;
+      return vector.view(shape);
+    }
+    shape[1] = -1;
+    if (groups == 1) {
+      return vector.view(shape);
+    }
+    shape[0] = weight_size[0];
+    return vector.view({groups, -1}).repeat_interleave(weight_size[0] / groups, 0).view(shape);
+  }
+
+  // The scalar products of two weights, one per output channel.
+  Tensor products(const Tensor& left, const Tensor& right) const {
+    const Tensor elements = left * right;
+    if (!transposed) {
+      return elements.flatten(1).sum(1);
+    }
+    const int64_t rows = elements.size(0) / groups, columns = elements.size(1);
+    return elements.reshape({groups, rows, columns, -1}).sum({1, 3}).view({-1});
+  }
+};
+
+bool is_half(const Tensor& tensor) {
+  return tensor.scalar_type() == at::kHalf || tensor.scalar_type() == at::kBFloat16;
+}
+
+Tensor at_least_float(const Tensor& tensor) {
+  return is_half(tensor) ? tensor.to(at::kFloat) : tensor;
+}
+
+OptionalTensor rounded(const OptionalTensor& tensor, at::ScalarType dtype) {
+  return tensor ? OptionalTensor(tensor->to(dtype)) : OptionalTensor();
+}
+
+bool requires_grad(const OptionalTensor& tensor) {
+  return tensor && tensor->requires_grad();
+}
+
+// The values of a tensor are memory of the CPU that may be read: nobody traces, batches or wraps it.
+bool is_memory(const Tensor& tensor) {
+  const auto keys =
+      tensor.key_set() - c10::autograd_dispatch_keyset_with_ADInplaceOrView - c10::autocast_dispatch_keyset;
+  return keys == c10::DispatchKeySet(c10::DispatchKey::CPU);
+}
+
+struct BatchNorm {
+  OptionalTensor gamma, beta;
+  Tensor mean, var;
+  double eps;
+
+  Tensor operator()(const Tensor& input) const {
+    return at::batch_norm(input, gamma, beta, mean, var, false, 0.0, eps, at::globalContext().userEnabledCuDNN());
+  }
+
+  Tensor inverse_deviation() const {
+    return (at_least_float(var) + eps).rsqrt();
+  }
+
+  Tensor scale(const Tensor& inverse) const {
+    return gamma ? *gamma * inverse : inverse;
+  }
+
+  // `base + factor (b - mu)`; b and mu may be large and nearly cancel, so they go first.
+  Tensor plus_centred(const OptionalTensor& base, const Tensor& factor, const OptionalTensor& bias) const {
+    const Tensor difference = bias ? *bias - at_least_float(mean) : -at_least_float(mean);
+    return base ? at::addcmul(*base, factor, difference) : factor * difference;
+  }
+};
+
+// --- Folding ---------------------------------------------------------------------------------------------------------
+
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
+template <typename T>
+ALWAYS_INLINE void fold_channel(const T* weight, T scale, T* fused, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) {
+    fused[i] = scale * weight[i];
+  }
+}
+
+// Multiplies a channel's gradient by its scale, and returns its product with the weight as it was.
+template <typename T>
+ALWAYS_INLINE double unfold_channel(T* grad, const T* weight, T scale, int64_t size) {
+  constexpr int64_t kLanes = 16;
+  double sums[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      sums[lane] += static_cast<double>(grad[i + lane]) * static_cast<double>(weight[i + lane]);
+      grad[i + lane] *= scale;
+    }
+  }
+  double sum = 0;
+  for (; i < size; ++i) {
+    sum += static_cast<double>(grad[i]) * static_cast<double>(weight[i]);
+    grad[i] *= scale;
+  }
+  for (const double lane : sums) {
+    sum += lane;
+  }
+  return sum;
+}
+
+FOR_EVERY_PROCESSOR
+void fold_channels(const float* weight, const float* scale, float* fused, int64_t channels, int64_t size) {
+  for (int64_t channel = 0; channel < channels; ++channel) {
+    fold_channel(weight + channel * size, scale[channel], fused + channel * size, size);
+  }
+}
+
+FOR_EVERY_PROCESSOR
+void fold_channels(const double* weight, const double* scale, double* fused, int64_t channels, int64_t size) {
+  for (int64_t channel = 0; channel < channels; ++channel) {
+    fold_channel(weight + channel * size, scale[channel], fused + channel * size, size);
+  }
+}
+
+FOR_EVERY_PROCESSOR
+void unfold_channels(
+    float* grad, const float* weight, const float* scale, double* products, int64_t channels, int64_t size) {
+  for (int64_t channel = 0; channel < channels; ++channel) {
+    products[channel] = unfold_channel(grad + channel * size, weight + channel * size, scale[channel], size);
+  }
+}
+
+FOR_EVERY_PROCESSOR
+void unfold_channels(
+    double* grad, const double* weight, const double* scale, double* products, int64_t channels, int64_t size) {
+  for (int64_t channel = 0; channel < channels; ++channel) {
+    products[channel] = unfold_channel(grad + channel * size, weight + channel * size, scale[channel], size);
+  }
+}
+
+// So many channels are worth a thread.
+int64_t grain(int64_t size) {
+  return std::max<int64_t>(1, at::internal::GRAIN_SIZE / std::max<int64_t>(size, 1));
+}
+
+// A convolution and the batch norm after it, about to become one convolution.
+class Folding {
+ public:
+  Folding(
+      const Geometry& geometry, const Tensor& weight, const OptionalTensor& bias, const BatchNorm& norm, bool recorded)
+      : geometry_(geometry), weight_(weight), bias_(bias), norm_(norm) {
+    in_memory_ = !recorded && weight.defined() && !geometry.transposed && is_contiguous_by_channel() && are_memory();
+    if (!in_memory_) {
+      inverse_ = norm.inverse_deviation();
+      scale_ = norm.scale(inverse_);
+    } else if (norm.var.scalar_type() == at::kFloat) {
+      read_scale<float>();
+    } else {
+      read_scale<double>();
+    }
+  }
+
+  Tensor weight() const {
+    if (!in_memory_) {
+      return (weight_ * geometry_.along_channels(scale_, weight_.sizes())).to(weight_.scalar_type());
+    }
+    Tensor fused = at::empty_like(weight_);
+    return weight_.scalar_type() == at::kFloat ? fold<float>(fused) : fold<double>(fused);
+  }
+
+  Tensor bias() const {
+    if (!in_memory_) {
+      return norm_.plus_centred(norm_.beta, scale_, bias_).to(weight_.scalar_type());
+    }
+    return weight_.scalar_type() == at::kFloat ? shift<float>() : shift<double>();
+  }
+
+  struct Gradients {
+    Tensor weight, bias, gamma;
+  };
+
+  // Gradients of the parameters out of those of the fused ones; that of the fused weight may be changed in place.
+  Gradients gradients(
+      Tensor grad_weight,
+      const Tensor& grad_shift,
+      IntArrayRef weight_size,
+      bool wants_weight,
+      bool wants_bias,
+      bool wants_gamma,
+      bool recorded) const {
+    Gradients found;
+    if (in_memory_ && grad_weight.defined() && is_memory(grad_weight) && grad_weight.strides() == weight_.strides() &&
+        (!grad_shift.defined() || is_memory(grad_shift))) {
+      return weight_.scalar_type() == at::kFloat
+          ? unfold<float>(grad_weight, grad_shift, wants_weight, wants_bias, wants_gamma)
+          : unfold<double>(grad_weight, grad_shift, wants_weight, wants_bias, wants_gamma);
+    }
+    const Tensor inverse = in_memory_ ? norm_.inverse_deviation() : inverse_;
+    const Tensor scale = in_memory_ ? norm_.scale(inverse) : scale_;
+    if (wants_gamma) {
+      const Tensor products = geometry_.products(grad_weight, weight_);
+      found.gamma = norm_.plus_centred(products, grad_shift, bias_) * inverse;
+    }
+    if (wants_weight) {
+      const Tensor factor = geometry_.along_channels(scale, weight_size);
+      found.weight = recorded ? grad_weight * factor : grad_weight.mul_(factor);
+    }
+    if (wants_bias) {
+      found.bias = scale * grad_shift;
+    }
+    return found;
+  }
+
+ private:
+  bool is_contiguous_by_channel() const {
+    return weight_.is_contiguous() || weight_.is_contiguous(at::MemoryFormat::ChannelsLast) ||
+        weight_.is_contiguous(at::MemoryFormat::ChannelsLast3d);
+  }
+
+  bool are_memory() const {
+    const auto dtype = weight_.scalar_type();
+    if ((dtype != at::kFloat && dtype != at::kDouble) || !is_memory(weight_)) {
+      return false;
+    }
+    for (const OptionalTensor* vector : {&bias_, &norm_.gamma, &norm_.beta}) {
+      if (*vector && !is_readable(**vector)) {
+        return false;
+      }
+    }
+    return is_readable(norm_.mean) && is_readable(norm_.var);
+  }
+
+  bool is_readable(const Tensor& vector) const {
+    return is_memory(vector) && vector.is_contiguous() && vector.scalar_type() == weight_.scalar_type();
+  }
+
+  template <typename T>
+  static const T* values(const OptionalTensor& tensor) {
+    return tensor ? tensor->const_data_ptr<T>() : nullptr;
+  }
+
+  template <typename T>
+  void read_scale() {
+    const int64_t channels = weight_.size(0);
+    const T *var = values<T>(norm_.var), *gamma = values<T>(norm_.gamma);
+    scales_.resize(channels);
+    for (int64_t channel = 0; channel < channels; ++channel) {
+      scales_[channel] = (gamma ? gamma[channel] : 1.0) * inverse_of(var[channel]);
+    }
+  }
+
+  double inverse_of(double variance) const {
+    return 1.0 / std::sqrt(variance + norm_.eps);
+  }
+
+  template <typename T>
+  std::vector<T> scales() const {
+    return {scales_.begin(), scales_.end()};
+  }
+
+  template <typename T>
+  Tensor fold(const Tensor& fused) const {
+    const std::vector<T> scale = scales<T>();
+    const int64_t channels = weight_.size(0), size = channels ? weight_.numel() / channels : 0;
+    const T* from = weight_.const_data_ptr<T>();
+    T* to = fused.mutable_data_ptr<T>();
+    at::parallel_for(0, channels, grain(size), [&](int64_t begin, int64_t end) {
+      fold_channels(from + begin * size, scale.data() + begin, to + begin * size, end - begin, size);
+    });
+    return fused;
+  }
+
+  template <typename T>
+  Tensor shift() const {
+    Tensor result = at::empty_like(norm_.var);
+    const T *bias = values<T>(bias_), *beta = values<T>(norm_.beta), *mean = values<T>(norm_.mean);
+    T* to = result.mutable_data_ptr<T>();
+    for (size_t channel = 0; channel < scales_.size(); ++channel) {
+      const double difference = (bias ? static_cast<double>(bias[channel]) : 0.0) - mean[channel];
+      to[channel] = static_cast<T>((beta ? beta[channel] : 0.0) + scales_[channel] * difference);
+    }
+    return result;
+  }
+
+  template <typename T>
+  Gradients unfold(
+      const Tensor& grad_weight, const Tensor& grad_shift, bool wants_weight, bool wants_bias, bool wants_gamma) const {
+    const std::vector<T> scale = scales<T>();
+    const int64_t channels = weight_.size(0), size = channels ? weight_.numel() / channels : 0;
+    std::vector<double> products(channels);
+    T* grad = grad_weight.mutable_data_ptr<T>();
+    const T* weight = weight_.const_data_ptr<T>();
+    at::parallel_for(0, channels, grain(size), [&](int64_t begin, int64_t end) {
+      unfold_channels(
+          grad + begin * size,
+          weight + begin * size,
+          scale.data() + begin,
+          products.data() + begin,
+          end - begin,
+          size);
+    });
+    Gradients found;
+    if (wants_weight) {
+      found.weight = grad_weight;
+    }
+    const Tensor shift = grad_shift.defined() ? grad_shift.contiguous() : grad_shift;
+    if (wants_bias) {
+      found.bias = at::empty_like(shift);
+      T* to = found.bias.template mutable_data_ptr<T>();
+      const T* from = shift.const_data_ptr<T>();
+      for (int64_t channel = 0; channel < channels; ++channel) {
+        to[channel] = static_cast<T>(scales_[channel] * from[channel]);
+      }
+    }
+    if (wants_gamma) {
+      found.gamma = at::empty_like(shift);
+      const T *bias = values<T>(bias_), *mean = values<T>(norm_.mean), *var = values<T>(norm_.var);
+      const T* from = shift.const_data_ptr<T>();
+      T* to = found.gamma.template mutable_data_ptr<T>();
+      for (int64_t channel = 0; channel < channels; ++channel) {
+        const double difference = (bias ? static_cast<double>(bias[channel]) : 0.0) - mean[channel];
+        to[channel] = static_cast<T>((products[channel] + from[channel] * difference) * inverse_of(var[channel]));
+      }
+    }
+    return found;
+  }
+
+  const Geometry& geometry_;
+  const Tensor& weight_;
+  const OptionalTensor& bias_;
+  const BatchNorm& norm_;
+  bool in_memory_;
+  std::vector<double> scales_; // where the operands are memory
+  Tensor inverse_, scale_; // where they are not
+};
+
+// --- The three forms -------------------------------------------------------------------------------------------------
+
+Tensor folded(
+    const Geometry& geometry,
+    const Tensor& input,
+    const Tensor& weight,
+    const OptionalTensor& bias,
+    const BatchNorm& norm) {
+  const Folding folding(geometry, weight, bias, norm, false);
+  return geometry.convolution(input, folding.weight(), folding.bias());
+}
+
+// Eval mode's two steps.
+Tensor apart(
+    const Geometry& geometry,
+    const Tensor& input,
+    const Tensor& weight,
+    const OptionalTensor& bias,
+    const BatchNorm& norm) {
+  const auto dtype = input.scalar_type();
+  return norm(geometry.convolution(input, weight.to(dtype), rounded(bias, dtype)));
+}
+
+Tensor sum_over_positions(const Tensor& grad_output) {
+  std::vector<int64_t> positions = {0};
+  for (int64_t dimension = 2; dimension < grad_output.dim(); ++dimension) {
+    positions.push_back(dimension);
+  }
+  return grad_output.sum(
+      positions, false, is_half(grad_output) ? std::optional<at::ScalarType>(at::kFloat) : std::nullopt);
+}
+
+// A gradient of the output with each channel multiplied by its number, in float32 at least.
+Tensor on_channels(const Tensor& grad_output, const Tensor& scale) {
+  std::vector<int64_t> shape(grad_output.dim() - 1, 1);
+  shape[0] = -1;
+  const auto wide = at::promote_types(grad_output.scalar_type(), at::kFloat);
+  return (grad_output * scale.to(wide).view(shape)).to(grad_output.scalar_type());
+}
+
+// What the backward pass works with: saved tensors, and which gradients are wanted.
+struct Backward {
+  Geometry geometry;
+  Tensor input, weight;
+  OptionalTensor bias;
+  BatchNorm norm;
+  std::vector<int64_t> input_size, weight_size;
+  std::vector<at::ScalarType> dtypes; // of weight, bias, gamma and beta
+  bool wants_input, wants_weight, wants_bias, wants_gamma, wants_beta;
+
+  // Gradients of input, weight, bias, gamma and beta.
+  variable_list of_folded(const Tensor& grad_output) const {
+    const bool recorded = at::GradMode::is_enabled();
+    const Folding folding(geometry, weight, bias, norm, recorded);
+    const auto [grad_input, grad_weight] = geometry.gradients(
+        grad_output,
+        wants_weight || wants_gamma ? input : Tensor(),
+        wants_input ? folding.weight() : Tensor(),
+        input_size,
+        weight_size);
+    const Tensor grad_shift = wants_bias || wants_gamma || wants_beta ? sum_over_positions(grad_output) : Tensor();
+    const auto found =
+        folding.gradients(grad_weight, grad_shift, weight_size, wants_weight, wants_bias, wants_gamma, recorded);
+    return {grad_input, found.weight, found.bias, found.gamma, wants_beta ? grad_shift : Tensor()};
+  }
+
+  variable_list of_scaled(const Tensor& grad_output) const {
+    const auto dtype = grad_output.scalar_type();
+    const Tensor as_seen = weight.defined() ? weight.to(dtype) : weight; // by the convolution
+    const OptionalTensor bias_as_seen = rounded(bias, dtype);
+    const Tensor inverse = norm.inverse_deviation(), scale = norm.scale(inverse);
+    const bool from_weight = wants_gamma && wants_weight; // then gamma's gradient comes out of the weight's
+    Tensor output_scale = scale, weight_scale; // whose product is the scale; undefined stands for ones
+    if (from_weight) {
+      const Tensor tiny = scale.detach().abs().lt(kSmallestDivisor);
+      if (!is_memory(scale) || tiny.any().item<bool>()) {
+        output_scale = at::where(tiny, at::scalar_tensor(kSmallestDivisor, scale.options()), scale.detach());
+        weight_scale = scale / output_scale;
+      }
+    }
+    const auto on_weight = [&](const Tensor& tensor) {
+      return weight_scale.defined()
+          ? (tensor * geometry.along_channels(weight_scale, weight_size)).to(tensor.scalar_type())
+          : tensor;
+    };
+    const Tensor grad_scaled = on_channels(grad_output, output_scale);
+    auto [grad_input, grad_weight] = geometry.gradients(
+        grad_scaled,
+        wants_weight ? input : Tensor(),
+        wants_input ? on_weight(as_seen) : Tensor(),
+        input_size,
+        weight_size);
+    Tensor grad_shift, grad_bias, grad_gamma;
+    if (wants_bias || wants_beta || from_weight) {
+      grad_shift = sum_over_positions(grad_output);
+    }
+    if (wants_bias) {
+      grad_bias = scale * grad_shift;
+    }
+    if (from_weight) {
+      const Tensor per_scale =
+          geometry.products(at_least_float(grad_weight), at_least_float(as_seen)) / output_scale;
+      // What rounding has added to the scaled gradient is in `per_scale`, times a mean that may be large.
+      const bool rounds = dtypes[0] == at::kHalf || dtypes[0] == at::kBFloat16;
+      const Tensor centring = rounds ? sum_over_positions(grad_scaled) / output_scale : grad_shift;
+      grad_gamma = norm.plus_centred(per_scale, centring, bias_as_seen) * inverse;
+    }
+    const bool overflowed = from_weight && (dtype == at::kHalf || dtype == at::kBFloat16) && is_memory(grad_gamma) &&
+        !grad_gamma.isfinite().all().item<bool>();
+    if (wants_gamma && (!from_weight || overflowed)) {
+      grad_gamma = of_gamma(grad_output, as_seen, bias_as_seen) * inverse;
+      if (weight_scale.defined()) { // then the weight's gradient, not scaled yet, has overflowed
+        grad_weight =
+            geometry.gradients(on_channels(grad_output, scale), input, Tensor(), input_size, weight_size).second;
+        weight_scale = Tensor();
+      }
+    }
+    if (grad_weight.defined()) {
+      grad_weight = on_weight(grad_weight);
+    }
+    variable_list found = {grad_weight, grad_bias, grad_gamma, wants_beta ? grad_shift : Tensor()};
+    for (size_t i = 0; i < found.size(); ++i) {
+      if (found[i].defined()) {
+        found[i] = found[i].to(dtypes[i]);
+      }
+    }
+    found.insert(found.begin(), grad_input);
+    return found;
+  }
+
+  // Eval mode's sum for gamma, from the convolution's output computed again.
+  Tensor of_gamma(const Tensor& grad_output, const Tensor& as_seen, const OptionalTensor& bias_as_seen) const {
+    const Tensor output = at_least_float(geometry.convolution(input, as_seen, bias_as_seen));
+    std::vector<int64_t> shape(output.dim() - 1, 1);
+    shape[0] = -1;
+    return sum_over_positions(grad_output * (output - norm.mean.to(output.scalar_type()).view(shape)));
+  }
+};
+
+// --- Autograd --------------------------------------------------------------------------------------------------------
+
+// What the backward pass has to know besides tensors, in one list: the context keeps nothing that is no value of PyTorch's.
+struct Numbers {
+  bool is_scaled;
+  std::array<bool, 5> is_there; // of input, weight, bias, gamma and beta
+  std::vector<at::ScalarType> dtypes; // of weight, bias, gamma and beta
+  Geometry geometry;
+  std::vector<int64_t> input_size, weight_size;
+
+  static std::vector<int64_t> of(
+      const Geometry& geometry,
+      const Tensor& input,
+      const Tensor& weight,
+      const OptionalTensor& bias,
+      const OptionalTensor& gamma,
+      const OptionalTensor& beta,
+      bool is_scaled) {
+    std::vector<int64_t> list;
+    list.reserve(40);
+    list.insert(list.end(), {is_scaled, geometry.transposed, geometry.groups, static_cast<int64_t>(weight.scalar_type())});
+    for (const OptionalTensor* tensor : {&bias, &gamma, &beta}) {
+      list.push_back(*tensor ? static_cast<int64_t>((*tensor)->scalar_type()) : -1);
+    }
+    for (const IntArrayRef part : {input.sizes(), weight.sizes()}) {
+      list.insert(list.end(), part.begin(), part.end());
+    }
+    for (const auto* part : {&geometry.stride, &geometry.padding, &geometry.dilation, &geometry.output_padding}) {
+      list.insert(list.end(), part->begin(), part->end());
+    }
+    return list;
+  }
+
+  explicit Numbers(const std::vector<int64_t>& list) : is_scaled(list[0] != 0), is_there{true, true} {
+    geometry.transposed = list[1] != 0;
+    geometry.groups = list[2];
+    for (size_t i = 0; i < 4; ++i) {
+      is_there[i + 1] = list[i + 3] >= 0;
+      dtypes.push_back(is_there[i + 1] ? static_cast<at::ScalarType>(list[i + 3]) : at::kFloat);
+    }
+    // A rank a size; of a linear layer nothing more.
+    const auto rest = static_cast<int64_t>(list.size()) - 7;
+    const int64_t rank = rest == 4 ? 2 : (rest + 8) / 6;
+    auto next = list.begin() + 7;
+    const auto take = [&](int64_t count) {
+      const auto begin = next;
+      next += count;
+      return std::vector<int64_t>(begin, next);
+    };
+    input_size = take(rank);
+    weight_size = take(rank);
+    if (rank > 2) {
+      geometry.stride = take(rank - 2);
+      geometry.padding = take(rank - 2);
+      geometry.dilation = take(rank - 2);
+      geometry.output_padding = take(rank - 2);
+    }
+  }
+};
+
+struct ConvBatchNorm : torch::autograd::Function<ConvBatchNorm> {
+  static Tensor forward(
+      AutogradContext* ctx,
+      const Tensor& input,
+      const Tensor& weight,
+      const OptionalTensor& bias,
+      const OptionalTensor& gamma,
+      const OptionalTensor& beta,
+      const Tensor& mean,
+      const Tensor& var,
+      double eps,
+      const Geometry& geometry,
+      bool is_scaled) {
+    const bool wants_input = input.requires_grad(), wants_weight = weight.requires_grad(),
+               wants_gamma = requires_grad(gamma);
+    const auto or_none = [](const OptionalTensor& tensor) { return tensor ? *tensor : Tensor(); };
+    ctx->save_for_backward(
+        {wants_weight || wants_gamma ? input : Tensor(),
+         wants_input || wants_gamma ? weight : Tensor(),
+         wants_gamma ? or_none(bias) : Tensor(),
+         or_none(gamma),
+         mean,
+         var});
+    ctx->saved_data["eps"] = eps;
+    ctx->saved_data["numbers"] = Numbers::of(geometry, input, weight, bias, gamma, beta, is_scaled);
+    at::AutoDispatchBelowAutograd below;
+    const BatchNorm norm{gamma, beta, mean, var, eps};
+    return is_scaled ? apart(geometry, input, weight, bias, norm) : folded(geometry, input, weight, bias, norm);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grad_outputs) {
+    const c10::impl::ExcludeDispatchKeyGuard without_autocast(c10::autocast_dispatch_keyset);
+    const variable_list saved = ctx->get_saved_variables();
+    const Numbers numbers(ctx->saved_data["numbers"].toIntVector());
+    const auto or_none = [](const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : OptionalTensor(); };
+    size_t edge = 0; // of the tensors that there were
+    std::array<bool, 5> wanted{};
+    for (size_t i = 0; i < wanted.size(); ++i) {
+      wanted[i] = numbers.is_there[i] && ctx->needs_input_grad(edge++);
+    }
+    const Backward pass{
+        numbers.geometry,
+        saved[0],
+        saved[1],
+        or_none(saved[2]),
+        BatchNorm{or_none(saved[3]), OptionalTensor(), saved[4], saved[5], ctx->saved_data["eps"].toDouble()},
+        numbers.input_size,
+        numbers.weight_size,
+        numbers.dtypes,
+        wanted[0],
+        wanted[1],
+        wanted[2],
+        wanted[3],
+        wanted[4]};
+    variable_list found = numbers.is_scaled ? pass.of_scaled(grad_outputs[0]) : pass.of_folded(grad_outputs[0]);
+    found.resize(10); // nothing for what is no parameter
+    return found;
+  }
+};
+
+// --- The operator ----------------------------------------------------------------------------------------------------
+
+Tensor without_gradients(
+    const Tensor& input,
+    const Tensor& weight,
+    const OptionalTensor& bias,
+    const OptionalTensor& gamma,
+    const OptionalTensor& beta,
+    const Tensor& mean,
+    const Tensor& var,
+    double eps,
+    IntArrayRef stride,
+    IntArrayRef padding,
+    IntArrayRef dilation,
+    bool transposed,
+    IntArrayRef output_padding,
+    int64_t groups) {
+  const c10::impl::ExcludeDispatchKeyGuard without_autocast(c10::autocast_dispatch_keyset);
+  const Geometry geometry{
+      stride.vec(), padding.vec(), dilation.vec(), output_padding.vec(), transposed, groups};
+  const BatchNorm norm{gamma, beta, mean, var, eps};
+  const bool is_apart = is_half(input) || weight.numel() > geometry.output_size(input, weight);
+  return is_apart ? apart(geometry, input, weight, bias, norm) : folded(geometry, input, weight, bias, norm);
+}
+
+Tensor with_gradients(
+    const Tensor& input,
+    const Tensor& weight,
+    const OptionalTensor& bias,
+    const OptionalTensor& gamma,
+    const OptionalTensor& beta,
+    const Tensor& mean,
+    const Tensor& var,
+    double eps,
+    IntArrayRef stride,
+    IntArrayRef padding,
+    IntArrayRef dilation,
+    bool transposed,
+    IntArrayRef output_padding,
+    int64_t groups) {
+  const bool wanted = at::GradMode::is_enabled() &&
+      (input.requires_grad() || weight.requires_grad() || requires_grad(bias) || requires_grad(gamma) ||
+       requires_grad(beta));
+  if (!wanted) {
+    at::AutoDispatchBelowAutograd below;
+    return without_gradients(
+        input, weight, bias, gamma, beta, mean, var, eps, stride, padding, dilation, transposed, output_padding, groups);
+  }
+  const c10::impl::ExcludeDispatchKeyGuard without_autocast(c10::autocast_dispatch_keyset);
+  const Geometry geometry{
+      stride.vec(), padding.vec(), dilation.vec(), output_padding.vec(), transposed, groups};
+  const int64_t weights = weight.numel(), outputs = geometry.output_size(input, weight);
+  if (requires_grad(gamma) && static_cast<double>(weights) > kWeightPerOutput * static_cast<double>(outputs)) {
+    return apart(geometry, input, weight, bias, BatchNorm{gamma, beta, mean, var, eps});
+  }
+  return ConvBatchNorm::apply(
+      input, weight, bias, gamma, beta, mean, var, eps, geometry, is_half(input) || weights > outputs);
+}
+
+TORCH_LIBRARY(convbn_fx, library) {
+  library.def(
+      "conv_batch_norm(Tensor input, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor running_mean, "
+      "Tensor running_var, float eps, int[] stride, int[] padding, int[] dilation, bool transposed, "
+      "int[] output_padding, int groups) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+}
+
+TORCH_LIBRARY_IMPL(convbn_fx, CompositeExplicitAutograd, library) {
+  library.impl("conv_batch_norm", without_gradients);
+}
+
+TORCH_LIBRARY_IMPL(convbn_fx, Autograd, library) {
+  library.impl("conv_batch_norm", with_gradients);
+}
+
+} // namespace convbn_fx
