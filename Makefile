@@ -35,6 +35,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP_INSTALL) hatchling editables setuptools
 	@$(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
+	@$(BIN)/python -m convbn_fx build || echo "Without it everything works, slower, and is tested so"
 	@touch $@
 
 demo: $(READY) ## Fuse seven real architectures; compare gradients, memory and time

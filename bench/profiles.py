@@ -12,7 +12,10 @@ from torch.profiler import ProfilerActivity, profile
 
 #: What an operator counts as, by the first pattern that is found in its name.
 PARTS: Final = (
-    ("Python of fused pairs", re.compile("^_FusedConvolution(Backward)?$")),
+    (
+        "Python of fused pairs",
+        re.compile("^(_FusedConvolution(Backward)?$|convbn_fx::|torch::autograd::CppNode<convbn_fx::)"),
+    ),
     ("convolutions", re.compile("conv(olution|[123]d|_)")),
     ("batch norms", re.compile("batch_norm")),
     ("sums and products", re.compile(r"aten::(sum|mul_?|add|addcmul|rsqrt|div)$")),

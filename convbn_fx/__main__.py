@@ -3,8 +3,21 @@
 import sys
 
 
+def build() -> None:
+    """Builds the operator in C++ where it is not built."""
+    from convbn_fx import native
+
+    try:
+        sys.stdout.write(f"{native.build(again=True)}\n")
+    except native.BuildError as error:
+        sys.stderr.write(f"convbn-fx: {error}\n")
+        sys.exit(1)
+
+
 def main() -> None:
     """Runs the command line, or says what it needs."""
+    if sys.argv[1:] == ["build"]:  # needs nothing
+        return build()
     try:
         from convbn_fx.cli import app
     except ModuleNotFoundError as error:
@@ -13,6 +26,7 @@ def main() -> None:
         )
         sys.exit(2)
     app(prog_name="convbn-fx")
+    return None
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from convbn_fx import native
 from convbn_fx.baking import Baked, bake, bake_graph, skipped
 from convbn_fx.checking import check_example_inputs, check_outputs
 from convbn_fx.cloning import Model, clone, untuned_class
@@ -69,6 +70,7 @@ def transform(graph_module: torch.fx.GraphModule, *, include_training: bool = Fa
             "transform: this GraphModule has a forward of its own as an instance attribute, which is not its graph's. "
             "Remove it, or trace a module that calls it."
         )
+    native.ensure()
     result = rewritten(graph_module, include_training)
     _warn_of_train_mode(
         "transform",
@@ -163,6 +165,7 @@ def tune(
         ```
     """
     names = selected(model, modules, "tune")
+    native.ensure()
     tuned = clone(model)
     if norm_eval:
         keep_in_eval_mode(batch_norms(tuned, names))
@@ -278,6 +281,7 @@ def deploy(
         ```
     """
     names = selected(model, modules, "deploy")
+    native.ensure()
     check_example_inputs(example_inputs)
     if any(isinstance(part, nn.parallel.DistributedDataParallel) for part in model.modules()):
         raise TypeError(

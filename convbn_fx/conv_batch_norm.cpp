@@ -19,6 +19,7 @@
 
 #include <array>
 #include <cmath>
+#include <numeric>
 #include <optional>
 #include <vector>
 
@@ -121,12 +122,14 @@ struct Geometry {
 
   // The scalar products of two weights, one per output channel.
   Tensor products(const Tensor& left, const Tensor& right) const {
-    const Tensor elements = left * right;
+    Tensor elements = left * right;
     if (!transposed) {
-      return elements.flatten(1).sum(1);
+      std::vector<int64_t> rest(elements.dim() - 1);
+      std::iota(rest.begin(), rest.end(), 1);
+      return elements.sum(rest);
     }
     const int64_t rows = elements.size(0) / groups, columns = elements.size(1);
-    return elements.reshape({groups, rows, columns, -1}).sum({1, 3}).view({-1});
+    return elements.view({groups, rows, columns, -1}).sum({1, 3}).view({-1});
   }
 };
 
@@ -134,12 +137,17 @@ bool is_half(const Tensor& tensor) {
   return tensor.scalar_type() == at::kHalf || tensor.scalar_type() == at::kBFloat16;
 }
 
-Tensor at_least_float(const Tensor& tensor) {
-  return is_half(tensor) ? tensor.to(at::kFloat) : tensor;
+// No operation where there is nothing to do: whoever watches operations would see one that returns its input.
+Tensor rounded(const Tensor& tensor, at::ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : tensor.to(dtype);
 }
 
 OptionalTensor rounded(const OptionalTensor& tensor, at::ScalarType dtype) {
-  return tensor ? OptionalTensor(tensor->to(dtype)) : OptionalTensor();
+  return tensor ? OptionalTensor(rounded(*tensor, dtype)) : OptionalTensor();
+}
+
+Tensor at_least_float(const Tensor& tensor) {
+  return is_half(tensor) ? tensor.to(at::kFloat) : tensor;
 }
 
 bool requires_grad(const OptionalTensor& tensor) {
@@ -265,7 +273,7 @@ class Folding {
 
   Tensor weight() const {
     if (!in_memory_) {
-      return (weight_ * geometry_.along_channels(scale_, weight_.sizes())).to(weight_.scalar_type());
+      return rounded(weight_ * geometry_.along_channels(scale_, weight_.sizes()), weight_.scalar_type());
     }
     Tensor fused = at::empty_like(weight_);
     return weight_.scalar_type() == at::kFloat ? fold<float>(fused) : fold<double>(fused);
@@ -273,7 +281,7 @@ class Folding {
 
   Tensor bias() const {
     if (!in_memory_) {
-      return norm_.plus_centred(norm_.beta, scale_, bias_).to(weight_.scalar_type());
+      return rounded(norm_.plus_centred(norm_.beta, scale_, bias_), weight_.scalar_type());
     }
     return weight_.scalar_type() == at::kFloat ? shift<float>() : shift<double>();
   }
@@ -457,7 +465,7 @@ Tensor apart(
     const OptionalTensor& bias,
     const BatchNorm& norm) {
   const auto dtype = input.scalar_type();
-  return norm(geometry.convolution(input, weight.to(dtype), rounded(bias, dtype)));
+  return norm(geometry.convolution(input, rounded(weight, dtype), rounded(bias, dtype)));
 }
 
 Tensor sum_over_positions(const Tensor& grad_output) {
@@ -474,7 +482,7 @@ Tensor on_channels(const Tensor& grad_output, const Tensor& scale) {
   std::vector<int64_t> shape(grad_output.dim() - 1, 1);
   shape[0] = -1;
   const auto wide = at::promote_types(grad_output.scalar_type(), at::kFloat);
-  return (grad_output * scale.to(wide).view(shape)).to(grad_output.scalar_type());
+  return rounded(grad_output * rounded(scale, wide).view(shape), grad_output.scalar_type());
 }
 
 // What the backward pass works with: saved tensors, and which gradients are wanted.
@@ -505,7 +513,7 @@ struct Backward {
 
   variable_list of_scaled(const Tensor& grad_output) const {
     const auto dtype = grad_output.scalar_type();
-    const Tensor as_seen = weight.defined() ? weight.to(dtype) : weight; // by the convolution
+    const Tensor as_seen = weight.defined() ? rounded(weight, dtype) : weight; // by the convolution
     const OptionalTensor bias_as_seen = rounded(bias, dtype);
     const Tensor inverse = norm.inverse_deviation(), scale = norm.scale(inverse);
     const bool from_weight = wants_gamma && wants_weight; // then gamma's gradient comes out of the weight's
@@ -519,7 +527,7 @@ struct Backward {
     }
     const auto on_weight = [&](const Tensor& tensor) {
       return weight_scale.defined()
-          ? (tensor * geometry.along_channels(weight_scale, weight_size)).to(tensor.scalar_type())
+          ? rounded(tensor * geometry.along_channels(weight_scale, weight_size), tensor.scalar_type())
           : tensor;
     };
     const Tensor grad_scaled = on_channels(grad_output, output_scale);
@@ -560,7 +568,7 @@ struct Backward {
     variable_list found = {grad_weight, grad_bias, grad_gamma, wants_beta ? grad_shift : Tensor()};
     for (size_t i = 0; i < found.size(); ++i) {
       if (found[i].defined()) {
-        found[i] = found[i].to(dtypes[i]);
+        found[i] = rounded(found[i], dtypes[i]);
       }
     }
     found.insert(found.begin(), grad_input);
@@ -572,7 +580,7 @@ struct Backward {
     const Tensor output = at_least_float(geometry.convolution(input, as_seen, bias_as_seen));
     std::vector<int64_t> shape(output.dim() - 1, 1);
     shape[0] = -1;
-    return sum_over_positions(grad_output * (output - norm.mean.to(output.scalar_type()).view(shape)));
+    return sum_over_positions(grad_output * (output - rounded(norm.mean, output.scalar_type()).view(shape)));
   }
 };
 

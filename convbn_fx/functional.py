@@ -186,9 +186,12 @@ def _in_best_form(input: Tensor, conv: Convolution, norm: BatchNorm, dtype: torc
     if _is_compiled(input):
         return _captured(input, conv, norm, dtype)
     if native.operator is not None and is_eager(input) and not _is_transformed():
-        if _trains_gamma_alone(input, conv, norm) and torch.is_grad_enabled():
-            if output_size(input, conv.weight, conv) * dtype.itemsize <= _saved_for_gamma(input, conv):
-                return None
+        if (
+            torch.is_grad_enabled()
+            and _trains_gamma_alone(input, conv, norm)
+            and output_size(input, conv.weight, conv) * dtype.itemsize <= _saved_for_gamma(input, conv)
+        ):
+            return None
         return native.fused_convolution(rounded(input, dtype), conv, norm)
     size = output_size(input, conv.weight, conv)
     if _is_transformed() or not _wants_gradient(input, conv, norm):

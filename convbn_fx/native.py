@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch.nn import functional as F
@@ -69,7 +69,9 @@ def load() -> bool:
     """Loads the operator if there is a build. Returns whether it is loaded."""
     global operator  # noqa: PLW0603 - as a module's attribute it is the shortest way that a call can take
     if operator is None and wish() != "0":
-        with suppress(OSError, RuntimeError):  # no home, nothing built, or built by another compiler's runtime
+        with suppress(
+            OSError, RuntimeError
+        ):  # no home, nothing built, or built by another compiler's runtime
             path = library()
             if path.exists():
                 torch.ops.load_library(path)
@@ -100,7 +102,7 @@ def ensure() -> None:
                     f"convbn_fx runs without its operator in C++, correct and slower. {error} "
                     "CONVBN_FX_NATIVE=0 silences this.",
                     RuntimeWarning,
-                    stacklevel=4,
+                    stacklevel=3,
                 )
 
 
@@ -135,7 +137,9 @@ def _compile(path: Path, again: bool) -> None:
     """Compiles into a directory of its own, and moves the library to its place when it is whole."""
     failed = path.with_suffix(".failed")
     if failed.exists() and not again:
-        raise BuildError(f"Building it has failed before: {failed} tells; `python -m convbn_fx build` tries again.")
+        raise BuildError(
+            f"Building it has failed before: {failed} tells; `python -m convbn_fx build` tries again."
+        )
     _check_tools()
     began = time.monotonic()
     _say(f"building its operator in C++ for torch {torch.__version__}, once: half a minute...")
@@ -145,7 +149,11 @@ def _compile(path: Path, again: bool) -> None:
             from torch.utils import cpp_extension
 
             cpp_extension.load(
-                _NAME, [str(_SOURCE)], extra_cflags=_FLAGS, build_directory=str(directory), is_python_module=False
+                _NAME,
+                [str(_SOURCE)],
+                extra_cflags=_FLAGS,
+                build_directory=str(directory),
+                is_python_module=False,
             )
         (directory / path.name).replace(path)
         failed.unlink(missing_ok=True)

@@ -64,6 +64,7 @@ def _fresh_compiler():
 @pytest.fixture
 def plain_operations(monkeypatch):
     """As where there is no compiler."""
+    monkeypatch.setenv("CONVBN_FX_NATIVE", "0")
     monkeypatch.setattr(native, "operator", None)
 
 

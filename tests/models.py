@@ -10,11 +10,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from convbn_fx import functional, report, symbolic_trace, transform, tune
+from convbn_fx import functional, native, report, symbolic_trace, transform, tune
 from convbn_fx.testing import randomize_batchnorms
 
 #: For tests of models that are in Train mode on purpose, of which tune, transform and deploy warn.
 in_train_mode = pytest.mark.filterwarnings("ignore:.* no pair was fused:UserWarning")
+
+
+#: What autograd calls a fused pair.
+FUSED_NODE = (
+    "_FusedConvolutionBackward"
+    if native.operator is None
+    else "torch::autograd::CppNode<convbn_fx::ConvBatchNorm>"
+)
 
 
 def fused_nodes(graph_module):

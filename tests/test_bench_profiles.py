@@ -15,6 +15,8 @@ from convbn_fx import tune
     [
         ("_FusedConvolution", "Python of fused pairs"),
         ("_FusedConvolutionBackward", "Python of fused pairs"),
+        ("convbn_fx::conv_batch_norm", "Python of fused pairs"),
+        ("torch::autograd::CppNode<convbn_fx::ConvBatchNorm>", "Python of fused pairs"),
         ("aten::convolution_backward", "convolutions"),
         ("aten::mkldnn_convolution", "convolutions"),
         ("aten::_slow_conv2d_forward", "convolutions"),

@@ -3,6 +3,9 @@
 import pytest
 from mutants import MUTANTS, Mutant, core_check, upstream_check
 
+# They are mutants of the Python; of the operator in C++ it is tested that it passes the check that kills them all.
+pytestmark = pytest.mark.usefixtures("plain_operations")
+
 each_mutant = pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 
 
