@@ -10,7 +10,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from functools import cache
-from types import CodeType, FrameType, FunctionType
+from types import CodeType, FrameType, FunctionType, MethodType
 from typing import Any, Final
 
 from torch import nn
@@ -76,7 +76,7 @@ class CodeRun:
         Returns:
             For modules, by id, the code that might use them.
         """
-        used: dict[int, str] = {}
+        used = dict(self._used_by_functions_held())
         for key, executed in self.executed.items():
             code, owner = key[0], self.originals.get(key[1]) if key[1] is not None else None
             told = f"in {code.co_qualname}, on a way that no exploration took"
@@ -97,6 +97,18 @@ class CodeRun:
                     for identity in reached_from(vars(owner).get(name)):
                         used.setdefault(identity, told)
         return used
+
+    def _used_by_functions_held(self) -> Iterator[tuple[int, str]]:
+        """What functions might use that modules have as attributes of their own, like methods, and that did not run."""
+        ran = {code for code, _ in self.executed}
+        for module in self.originals.values():
+            held = [value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE]
+            held = [value.__func__ if type(value) is MethodType else value for value in held]
+            for function in (each for value in held for each in _own_functions(value)):
+                if function.__code__ not in ran:
+                    names = _names_with_those_of_methods(_names(_instructions(function.__code__)), module)
+                    for part in _reached_by(names, module):
+                        yield id(part), f"in {function.__qualname__}, which no exploration ran"
 
     def _not_run(self, key: Key) -> Iterator[dis.Instruction]:
         """What of a piece of code did not run, after an exception for example."""
@@ -122,9 +134,10 @@ def _may_call_a_part(functions: list[FunctionType], module: nn.Module) -> bool:
     """Whether a method calls a module inside its own, an item of one, or what leads to one, as far as names tell."""
     instructions = [each for function in functions for each in _instructions(function.__code__)]
     names = _names_with_those_of_methods(_names(instructions) - {"forward()"}, module)
-    if any(
-        f"{name.rpartition('.')[2]}()" in names for name, _ in module.named_modules(remove_duplicate=False)
-    ):
+    called = {name.removesuffix("()") for name in names if name.endswith("()")}
+    if any(isinstance(inspect.getattr_static(type(module), name, None), property) for name in called):
+        called = {name.removesuffix("()") for name in names}  # what is called is what that reads
+    if any(name.rpartition(".")[2] in called for name, _ in module.named_modules(remove_duplicate=False)):
         return True
     takes_items = any(each.opname in ("BINARY_SUBSCR", "BINARY_OP", "FOR_ITER") for each in instructions)
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -164,8 +177,12 @@ def _functions(cls: type[nn.Module]) -> dict[str, list[FunctionType]]:
         name: found
         for base in reversed(cls.__mro__)
         for name, value in vars(base).items()
-        if (found := [each for each in functions_in(value) if _is_of_a_model(each.__globals__["__name__"])])
+        if (found := _own_functions(value))
     }
+
+
+def _own_functions(value: Any) -> list[FunctionType]:
+    return [each for each in functions_in(value) if _is_of_a_model(str(each.__globals__.get("__name__")))]
 
 
 # --- Bytecode ----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import enum
 import functools
 import weakref
+from types import MethodType
 
 import pytest
 import torch
@@ -442,17 +443,25 @@ def through_a_child(self, x):
     return self.child.conv(x).sin()
 
 
+def through_a_property(self, x):
+    return self.inner(x).sin()
+
+
 def through_a_part_of_the_forward(self, x):
     return self.convolved(x).sin()
 
 
-@pytest.mark.parametrize("method", [through_a_child, through_a_part_of_the_forward])
+@pytest.mark.parametrize("method", [through_a_child, through_a_property, through_a_part_of_the_forward])
 @pytest.mark.parametrize("decorated", [False, True])
 def test_another_method_that_leads_to_the_convolution(method, decorated):
     class Around(nn.Module):
         def __init__(self):
             super().__init__()
             self.child = Pair(*conv_norm(3, 3))
+
+        @property
+        def inner(self):
+            return self.child.conv
 
         def convolved(self, x):
             return self.child.conv(x)
@@ -471,6 +480,19 @@ def test_another_method_that_leads_to_the_convolution(method, decorated):
     deployed = deploy(model)
     assert len(report(deployed).fused) == 1
     assert not torch.equal(deployed.convolved(X), model.convolved(X))  # a part of the forward
+
+
+@pytest.mark.parametrize("is_bound", [False, True])
+def test_a_function_that_an_instance_has_as_if_it_were_a_method(is_bound):
+    torch.manual_seed(0)
+    model = prepared(Pair(*conv_norm(3, 3)))
+    model.embed = (
+        MethodType(lambda self, x: self.conv(x), model) if is_bound else lambda x: model.conv(x).sin()
+    )
+    deployed = deploy(model)
+    assert reasons(deployed) == {"norm": "MAY_BE_USED_ELSEWHERE"}
+    torch.testing.assert_close(deployed.embed(X), model.embed(X))
+    assert_same(model, deployed, X)
 
 
 def test_the_method_for_when_the_batch_norm_is_gone():
