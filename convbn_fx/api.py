@@ -316,10 +316,12 @@ def _deployed(model: Model, names: Iterable[str]) -> Model:
 def _baked(model: Model, names: Iterable[str], found: Discovery, code: CodeRun) -> Model:
     """Bakes the pairs that were found in this very model, inside its modules with these names, and links the others."""
     chosen = [pair for pair in found.pairs if _is_inside(pair.owner, names)]
-    of_modules = [pair for pair in chosen if pair.site is None and not pair.to_function]
-    baked, skips = bake(model, of_modules, doubts(model, found, of_modules, code))
+    computed = [pair for pair in chosen if pair.to_function or isinstance(pair.operands, str)]
+    others = [pair for pair in chosen if pair not in computed]
+    baked, skips = bake(model, others, doubts(model, found, others, code))
     skips += [
-        Skip(pair.record.batch_norm, SkipReason.FUNCTION_CALL) for pair in chosen if pair not in of_modules
+        Skip(pair.record.batch_norm, SkipReason.FUNCTION_CALL, "" if pair.to_function else str(pair.operands))
+        for pair in computed
     ]
     baked, seen = _unseen(model, baked, found.explored)
     pairs = [pair for group in baked for pair in group.pairs]
@@ -344,7 +346,8 @@ def _unseen(model: nn.Module, baked: list[Baked], explored: list[Explored]) -> t
                 groups = [
                     group for group in baked if any(id(module) in parts for module, *_ in group.originals)
                 ]
-                if groups and goes_another_way(each, private):
+                biases = {key: names for group in groups for key, names in group.biases(model).items()}
+                if groups and goes_another_way(each, private, biases):
                     changed |= {id(group): (group, each) for group in groups}
         if not changed:
             return baked, skips

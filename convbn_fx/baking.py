@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,11 @@ class Baked:
     pairs: list[OwnedPair]
     originals: list[tuple[nn.Module, type[nn.Module], dict[str, Any]]]
 
+    def biases(self, model: nn.Module) -> dict[int, tuple[str, str]]:
+        """For modules whose own forwards run on, by id, the names of the weight and the bias that were baked."""
+        named = ((_members(model, pair)[0], _named(pair)) for pair in self.pairs)
+        return {id(conv): (str(call.weight), _bias_name(call)) for conv, call in named if call is not None}
+
     def undo(self) -> None:
         """Makes the modules what they were."""
         for module, cls, attributes in self.originals:
@@ -83,11 +88,12 @@ def bake(
     """Turns the convolutions of pairs into plain ones with baked parameters, and their batch norms into nothing.
 
     A batch norm that follows several convolutions is baked into each. A convolution that several batch norms follow
-    moves into their places, once for each.
+    moves into their places, once for each. Where a forward calls the function itself, it runs on as it is, with baked
+    parameters.
 
     Args:
         model: The model, changed in place; its modules must be nobody else's.
-        pairs: The pairs to bake, of modules.
+        pairs: The pairs to bake: of modules, or of a function that a forward calls with its module's own parameters.
         doubts: For convolutions and batch norms, by id, that may also be used outside of these pairs, who may use them.
 
     Returns:
@@ -98,7 +104,7 @@ def bake(
     for group in _sharing_modules(model, pairs):
         try:
             _check_what_is_between(model, group)
-            replacements = _replacements([_members(model, pair) for pair in group], doubts)
+            replacements = _replacements([(*_members(model, pair), _named(pair)) for pair in group], doubts)
         except Refusal as refusal:
             skips += [skipped(pair, refusal) for pair in group]
             continue
@@ -114,7 +120,11 @@ def skipped(pair: OwnedPair, refusal: Refusal) -> Skip:
 
 
 def _members(model: nn.Module, pair: OwnedPair) -> tuple[nn.Module, nn.Module]:
-    return model.get_submodule(pair.record.convolution), model.get_submodule(pair.record.batch_norm)
+    return model.get_submodule(pair.convolution_module), model.get_submodule(pair.record.batch_norm)
+
+
+def _named(pair: OwnedPair) -> Convolution | None:
+    return pair.operands if isinstance(pair.operands, Convolution) else None
 
 
 def _sharing_modules(model: nn.Module, pairs: Iterable[OwnedPair]) -> list[list[OwnedPair]]:
@@ -139,29 +149,33 @@ def _check_what_is_between(model: nn.Module, pairs: list[OwnedPair]) -> None:
 
 
 def _replacements(
-    members: list[tuple[nn.Module, nn.Module]], doubts: dict[int, Refusal]
+    members: list[tuple[nn.Module, nn.Module, Convolution | None]], doubts: dict[int, Refusal]
 ) -> list[tuple[nn.Module, nn.Module]]:
     """Each module of a group, and what takes its place."""
-    convs, norms = ({id(module): module for module in side}.values() for side in zip(*members, strict=True))
-    baked = [
-        (conv, norm, _baked(conv, norm))
-        for conv, norm in {tuple(map(id, pair)): pair for pair in members}.values()
-    ]
+    members = list({(id(conv), id(norm), call): (conv, norm, call) for conv, norm, call in members}.values())
+    convs, norms = (
+        {id(module): module for module in side}.values() for side in list(zip(*members, strict=True))[:2]
+    )
+    baked = [(conv, norm, _baked(conv, norm, call)) for conv, norm, call in members]
     for module in (*convs, *norms):
         if id(module) in doubts:
             raise doubts[id(module)]
-    if len(norms) == 1:
+    rank = baked[0][2].rank
+    if len(norms) == 1 and len(baked) == len(convs):
         (norm,) = norms
         return [
-            *((conv, plain) for conv, _, plain in baked),
-            (norm, _remainder(norm, _check(baked[0][2], norms))),
+            *((conv, plain) for conv, _, (plain, _) in baked),
+            (norm, _remainder(norm, _check(rank, norms))),
         ]
-    takes_more_than_the_input = isinstance(baked[0][2], _ConvTransposeNd)
-    if len(convs) == 1 and not takes_more_than_the_input:
+    # What takes more than the input, or does more than call the function, cannot move.
+    can_move = not isinstance(baked[0][2].module, _ConvTransposeNd) and all(
+        call is None for *_, call in members
+    )
+    if len(convs) == 1 and can_move:
         (conv,) = convs
         return [
-            *((norm, _remainder(norm, plain)) for _, norm, plain in baked),
-            (conv, _check(baked[0][2], norms)),
+            *((norm, _remainder(norm, plain)) for _, norm, (plain, _) in baked),
+            (conv, _check(rank, norms)),
         ]
     raise Refusal(SkipReason.SHARED)
 
@@ -185,9 +199,8 @@ def _turn_into(module: nn.Module, replacement: nn.Module) -> None:
     module.training = training
 
 
-def _check(conv: nn.Module, norms: Iterable[nn.Module | BatchNorm]) -> nn.Module:
+def _check(rank: int, norms: Iterable[nn.Module | BatchNorm]) -> nn.Module:
     """What stands where nothing is left to do, unless an input of another rank would be normalised in another way."""
-    rank = conv.weight.ndim if isinstance(conv.weight, Tensor) else 0
     modules = [norm for norm in norms if isinstance(norm, nn.Module)]
     norm_kinds = [kinds.batch_norm_kind(norm) for norm in modules]
     strict = len(modules) > 0 and not any(
@@ -216,25 +229,66 @@ _CONSTRUCTOR: Final = (
 )
 
 
-def _baked(conv: nn.Module | Convolution, norm: nn.Module | BatchNorm) -> nn.Module:
-    """A plain module that computes what the two compute one after the other, with parameters of its own."""
+class _WithRank(NamedTuple):
+    """A module, and the number of dimensions of its weight."""
+
+    module: nn.Module
+    rank: int
+
+
+def _baked(
+    conv: nn.Module | Convolution, norm: nn.Module | BatchNorm, call: Convolution | None = None
+) -> _WithRank:
+    """A plain module that computes what the two compute one after the other, with parameters of its own.
+
+    Where the convolution's forward makes a call of a function with parameters of these names, a module like it.
+
+    Raises:
+        Refusal: There is none.
+    """
     for module in (conv, norm):
         if isinstance(module, nn.Module) and kinds.has_hooks(module):
             raise Refusal(SkipReason.HAS_HOOKS, type(module).__name__)
-    cls, operands, arguments = _plain_form(conv) if isinstance(conv, nn.Module) else _plain_form_of_call(conv)
+    names = ("weight", "bias") if call is None else (str(call.weight), _bias_name(call))
+    plain: Any
+    if call is not None:
+        plain, operands = _like(conv, call)
+        trains = bool(operands.weight.requires_grad)
+    else:
+        cls, operands, arguments = (
+            _plain_form(conv) if isinstance(conv, nn.Module) else _plain_form_of_call(conv)
+        )
+        trains = _trains(conv, operands)
+        plain = cls(**arguments, bias=True, device="meta")
+        # This is what the forward pads by, whatever the padding was changed to since.
+        if (padding := getattr(conv, "_reversed_padding_repeated_twice", None)) is not None:
+            plain._reversed_padding_repeated_twice = padding
     norm_operands = _frozen_operands(norm, operands) if isinstance(norm, nn.Module) else norm
     weight, bias = _fold(operands, norm_operands)
-    plain: Any = cls(**arguments, bias=True, device="meta")
-    # This is what the forward pads by, whatever the padding was changed to since.
-    if (padding := getattr(conv, "_reversed_padding_repeated_twice", None)) is not None:
-        plain._reversed_padding_repeated_twice = padding
     # As PyTorch's own fusion has it: what was frozen stays frozen.
     shifts = (operands.bias, norm_operands.bias)
-    plain.weight = nn.Parameter(weight, requires_grad=_trains(conv, operands))
-    plain.bias = nn.Parameter(
-        bias, requires_grad=any(shift is not None and shift.requires_grad for shift in shifts)
-    )
-    return plain  # type: ignore[no-any-return]
+    shift_trains = any(shift is not None and shift.requires_grad for shift in shifts)
+    plain._parameters |= {names[0]: nn.Parameter(weight, trains), names[1]: nn.Parameter(bias, shift_trains)}
+    return _WithRank(plain, weight.ndim)
+
+
+def _bias_name(call: Convolution) -> str:
+    """Where a forward that passes no bias may look for one."""
+    return "bias" if call.bias is None else str(call.bias)
+
+
+def _like(conv: Any, call: Convolution) -> tuple[nn.Module, Convolution]:
+    """A copy of a module that is to have parameters of its own, and the operands to fold."""
+    name = _bias_name(call)
+    weight, bias = conv._parameters.get(call.weight), conv._parameters.get(name)
+    if weight is None:
+        raise Refusal(SkipReason.FUNCTION_CALL, "its weight is no parameter")
+    if (None if call.bias is None else bias) is not getattr(conv, name, None):
+        raise Refusal(SkipReason.FUNCTION_CALL, f"its bias is not the {name} of {type(conv).__name__}")
+    copied = object.__new__(type(conv))
+    vars(copied).update(vars(conv), _parameters=dict(conv._parameters))
+    vars(copied).pop(name, None)
+    return copied, call._replace(weight=weight, bias=bias)
 
 
 def _trains(conv: nn.Module | Convolution, operands: Convolution) -> bool:
@@ -327,12 +381,12 @@ def bake_graph(graph_module: GraphModule) -> list[Skip]:
         names = [str(operand.target) for operand in node.args[:2] if isinstance(operand, Node)]
         try:
             conv, norm = (_constant(operand, graph_module) for operand in node.args[:2])
-            plain = _baked(conv, norm)
+            plain, rank = _baked(conv, norm)
         except Refusal as refusal:
             name = node.meta.get(BATCH_NORM) or (names[-1] if names else node.name)
             skips.append(Skip(name, refusal.reason, refusal.detail))
             continue
-        check = _check(plain, [norm])
+        check = _check(rank, [norm])
         rest = _remainder(norm, check) if isinstance(norm, nn.Module) else check
         with graph.inserting_before(node):
             folded = graph.call_module(_added(graph_module, node, plain), node.args[2:], node.kwargs)

@@ -20,6 +20,7 @@ from convbn_fx.exploration import Ends, GuessedTensor, Way, explore, kept_by_som
 from convbn_fx.function_calls import Site
 from convbn_fx.graph_module import GraphModule
 from convbn_fx.matching import find_pairs_in
+from convbn_fx.operands import Convolution
 from convbn_fx.private_copy import private_copy
 from convbn_fx.records import Match, Pair, Skip, SkipReason
 
@@ -34,6 +35,8 @@ class OwnedPair:
         methods: Names of the owner's methods that run both.
         between: Modules inside the owner out of or into which the convolution's output goes on its way.
         site: Which call it is, if the convolution is a function.
+        operands: Of such a call, with the names of the caller's own parameters in the place of tensors; or what of it
+            is something else.
         to_function: Whether the batch norm is a function.
     """
 
@@ -42,14 +45,21 @@ class OwnedPair:
     methods: frozenset[str]
     between: frozenset[str]
     site: Site | None = None
+    operands: Convolution | str | None = None
     to_function: bool = False
+
+    @property
+    def convolution_module(self) -> str:
+        """The convolution, or the module whose forward calls the function."""
+        return self.record.convolution if self.site is None else self.site.caller
 
     def also(self, other: "OwnedPair") -> "OwnedPair":
         """The pair, which another way through the forward runs as well, where its call may have another number."""
         if self.site is None or other.site is None:
             return self
         numbers, callees = self.site.numbers | other.site.numbers, self.site.callees | other.site.callees
-        return replace(self, site=replace(self.site, numbers=numbers, callees=callees))
+        operands = self.operands if self.operands == other.operands else "it is called in several ways"
+        return replace(self, site=replace(self.site, numbers=numbers, callees=callees), operands=operands)
 
 
 @dataclass(frozen=True)
@@ -335,8 +345,25 @@ def _owned(match: Match, way: Way, owner: str) -> OwnedPair:
         frozenset(methods | {"forward"}),
         frozenset(_joined(owner, name) for name in between & way.opened),
         None if site is None else site.prefixed(owner),
+        None if site is None else _named_operands(match.convolution, site.caller),
         match.batch_norm_node.op == "call_function",
     )
+
+
+def _named_operands(call: Convolution, caller: str) -> Convolution | str:
+    """The operands of a function, if its tensors are nothing but the caller's own; else what is not."""
+    names: dict[str, str | None] = {}
+    for field in ("weight", "bias"):
+        value = getattr(call, field)
+        if isinstance(value, Node) and value.op == "get_attr":
+            owner, _, names[field] = str(value.target).rpartition(".")
+            if owner != caller:
+                return f"its {field} is that of another module"
+        elif value is not None:
+            return f"its {field} is computed at every call"
+    if isinstance(call.groups, Node) or isinstance(call.transposed, Node):
+        return "its groups are computed at every call"
+    return Convolution(call.op, **names, transposed=call.transposed, groups=call.groups)
 
 
 def _enclosing(name: str) -> frozenset[str]:

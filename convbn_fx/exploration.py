@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
+from functools import cache
 from itertools import product
 from types import CodeType, FrameType, FunctionType, TracebackType
 from typing import Any, Final, NamedTuple
@@ -36,7 +37,7 @@ from convbn_fx.proxies import Proxy, StoredTensor, is_ours_or_torchs, known_clas
 from convbn_fx.side_effects import attributes_as_found
 from convbn_fx.silence import silence
 from convbn_fx.time_limit import OutOfTime, within
-from convbn_fx.tracing import Tracer
+from convbn_fx.tracing import FORWARD_IS_CALLED_BY, Tracer
 
 # Of one forward so many ways are looked at, on each of which so many branches are taken.
 _WAYS: Final = 16
@@ -77,6 +78,7 @@ class Way:
         broke_off: Where and why the forward was not followed to its end, or not on all ways; empty if it was.
         has_guessed_a_number: Whether a loop may be longer, or a choice another, than on any way.
         elsewhere: Modules that it calls and that are not inside the root.
+        loops: Whether code that calls functions of convolutions has a loop, which may call one more often.
     """
 
     root: nn.Module
@@ -89,6 +91,7 @@ class Way:
     broke_off: str
     has_guessed_a_number: bool
     elsewhere: list[nn.Module]
+    loops: bool
 
     def name_of(self, node: Node) -> str:
         """The name of a convolution or batch norm; a function's is under that of the module that calls it."""
@@ -200,6 +203,11 @@ def _instruction(frame: FrameType, offset: int | None = None) -> tuple[str, int]
     return dis.opname[code[offset]], code[offset + 1]
 
 
+@cache
+def _has_loop(code: CodeType) -> bool:
+    return any("BACKWARD" in each.opname for each in dis.get_instructions(code))
+
+
 def _may_be_in_place(node: Node) -> bool:
     """Whether a node may change what it is given, by its name."""
     name = str(getattr(node.target, "__name__", node.target))
@@ -272,6 +280,7 @@ class _Explorer(Tracer):
         self.own_context = Context.now()
         self.left_out: list[Any] = []
         self.elsewhere: list[nn.Module] = []
+        self.loops = False
         self.asked_for: set[Node] = set()  # whose class was, not by isinstance
         self.classes: dict[Node, type | None] = {}
         self.truths: dict[Node, bool] = {}  # of arguments
@@ -327,6 +336,7 @@ class _Explorer(Tracer):
             broke_off,
             self.has_guessed_a_number,
             self.elsewhere,
+            self.loops,
         )
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -433,6 +443,15 @@ class _Explorer(Tracer):
         numbers = {(name, number - self.convolved_before[call]) for call, name in methods if not caller}
         self.calls[node] = caller, frozenset(numbers or {("forward", number)})
         self.convolved[-1] += node.target in kinds.CONVOLUTION_FUNCTIONS
+        self.loops = self.loops or any(map(_has_loop, self._codes_of_caller()))
+
+    def _codes_of_caller(self) -> Iterator[CodeType]:
+        """The code that is running, out to the forward of the module that calls."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code not in FORWARD_IS_CALLED_BY:
+            if not is_ours_or_torchs(frame):
+                yield frame.f_code
+            frame = frame.f_back
 
     def _methods_running(self) -> Iterator[tuple[int, str]]:
         """The calls of the root's methods that are under way, each with a number of its own, and their names."""

@@ -274,7 +274,7 @@ def _position(convolution_node: Node, batch_norm_node: Node, batch_norm: _BatchN
     readers = set(convolution_node.users) - {batch_norm_node}
     promotes = batch_norm.kind.promotes
     others = [
-        user.name for user in readers if not _reads_metadata(user) or (promotes and "dtype" in user.args)
+        user.name for user in readers if not reads_metadata(user) or (promotes and "dtype" in user.args)
     ]
     if others:
         raise Refusal(SkipReason.CONVOLUTION_OUTPUT_USED_ELSEWHERE, f"by {', '.join(sorted(others))}")
@@ -295,7 +295,8 @@ def _position(convolution_node: Node, batch_norm_node: Node, batch_norm: _BatchN
     return batch_norm_node
 
 
-def _reads_metadata(node: Node) -> bool:
+def reads_metadata(node: Node) -> bool:
+    """Whether a node reads of a tensor what is known without its values."""
     if node.op == "call_function" and node.target is getattr:
         return node.args[1] in ("ndim", "shape", "dtype", "device", "is_cuda")
     return node.op == "call_method" and node.target in (
@@ -383,7 +384,7 @@ def _is_number(value: Any) -> bool:
     """Whether the value is computed from shapes and constants alone, by operators: then it is no tensor."""
     if not isinstance(value, Node):
         return isinstance(value, (int, float, str, type(None)))  # a tuple may hold a tensor
-    if _reads_metadata(value):
+    if reads_metadata(value):
         return True
     of_operator = getattr(value.target, "__module__", None) in ("_operator", "math")
     return of_operator and not value.kwargs and all(_is_number(arg) for arg in value.args)

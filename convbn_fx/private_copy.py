@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.fx._symbolic_trace import _create_wrapped_func, _patch_wrapped_functions, _Patcher
 
 from convbn_fx.copying import Memo, attributes, derived
-from convbn_fx.proxies import StoredTensor
+from convbn_fx.proxies import READ_BY_NAME, StoredTensor
 from convbn_fx.side_effects import WritesNothing, attributes_as_found, random_state_as_found
 
 # Functions that are kept whole are exchanged in the modules that use them. Whoever else calls one meanwhile is served
@@ -160,7 +160,11 @@ class _StoredTensors(dict[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         value = super().__getitem__(name)
-        return value.read() if isinstance(value, StoredTensor) else value
+        if not isinstance(value, StoredTensor):
+            return value
+        proxy = value.read()
+        proxy.node.meta[READ_BY_NAME] = True
+        return proxy
 
 
 class _Opaque(nn.Module):

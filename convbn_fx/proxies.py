@@ -50,6 +50,10 @@ for _function in (
     setattr(Proxy, f"__{_function.__name__}__", _augmented_assignment(_function))
 
 
+#: In the meta of a node: the forward has named the parameter or buffer, not come to it as one of all.
+READ_BY_NAME: Final = "convbn_fx_read_by_name"
+
+
 class StoredTensor(Proxy):
     """A parameter or buffer of a model. It becomes a node when something is done with it; what is known of it is told.
 
@@ -75,6 +79,13 @@ class StoredTensor(Proxy):
         """Records that it is read."""
         return self.tracer.read(vars(self)["tensor"])  # type: ignore[no-any-return]
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """The tensor's class, to a forward that asks; asking does not read it."""
+        asking = sys._getframe(1)
+        is_asked = not is_ours_or_torchs(asking) and asking.f_lasti in questions_of_class(asking.f_code)
+        return type(vars(self)["tensor"]) if is_asked else type(self)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["tensor"], name) if name in _METADATA else super().__getattr__(name)
 
@@ -94,6 +105,10 @@ _METADATA: Final = frozenset(
         "size",
         "dim",
         "numel",
+        "nelement",
+        "element_size",
+        "is_complex",
+        "layout",
     )
 )
 

@@ -267,6 +267,8 @@ class Tracer(torch.fx.Tracer):
 
 _CALL: Final = nn.Module._call_impl.__code__
 _TRACE: Final = Tracer.trace_in.__code__
+#: What is running around a module's forward, or the root's.
+FORWARD_IS_CALLED_BY: Final = (_CALL, _TRACE)
 
 
 def symbolic_trace(root: nn.Module, concrete_args: dict[str, Any] | None = None) -> GraphModule:

@@ -91,6 +91,8 @@ class CodeRun:
                         used.setdefault(module, told)
             if names and owner is not None:
                 names = _names_with_those_of_methods(names, owner)
+                if not names.isdisjoint(owner._parameters):
+                    used.setdefault(id(owner), told)
                 for part in _reached_by(names, owner):
                     used.setdefault(id(part), told)
                 for name in {name.removesuffix("()") for name in names} - _OF_EVERY_MODULE:
@@ -117,14 +119,14 @@ class CodeRun:
     def methods_that_did_not_run(self, module: nn.Module) -> Iterator[str]:
         """The methods of a module's class that call what is inside of it, and are no part of its forward.
 
-        Those that the forward names are parts of it, run or not. Those that speak of fusing are for when the batch norm
-        is gone, by everyone's convention, as it is.
+        Those that the forward names are parts of it, run or not. Those that every module has do what they do to every
+        module. Those that speak of fusing are for when the batch norm is gone, by everyone's convention, as it is.
         """
         ran = {code for code, of in self.executed if of is None or self.originals.get(of) is module}
         parts = {name.removesuffix("()") for name in _names_with_those_of_methods({"forward"}, module)}
         for name, made_of in _functions(type(module)).items():
             is_method = isinstance(inspect.getattr_static(type(module), name), FunctionType)
-            left_out = name in parts or name.startswith("__") or "fuse" in name
+            left_out = name in parts or name.startswith("__") or "fuse" in name or hasattr(nn.Module, name)
             has_run = all(each.__code__ in ran for each in made_of)
             if is_method and not left_out and not has_run and _may_call_a_part(made_of, module):
                 yield name
@@ -142,7 +144,8 @@ def _may_call_a_part(functions: list[FunctionType], module: nn.Module) -> bool:
     takes_items = any(each.opname in ("BINARY_SUBSCR", "BINARY_OP", "FOR_ITER") for each in instructions)
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
     return max(function.__code__.co_argcount for function in functions) > 1 and any(
-        (takes_items and isinstance(module._modules.get(name), containers))
+        name in module._parameters
+        or (takes_items and isinstance(module._modules.get(name), containers))
         or any(issubclass(type(part), nn.Module) for part in reached_from(vars(module).get(name)).values())
         for name in {name.removesuffix("()") for name in names} - _OF_EVERY_MODULE
     )
@@ -159,6 +162,7 @@ _OF_NO_MODEL: Final = {
     "numpy",
     "networkx",
     "triton",
+    "thop",  # counts operations
     "convbn_fx",
     *sys.stdlib_module_names,
 }

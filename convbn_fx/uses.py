@@ -19,8 +19,9 @@ from torch.fx import Node
 from convbn_fx import kinds
 from convbn_fx.discovery import Discovery, Explored, OwnedPair
 from convbn_fx.exploration import GuessedTensor, Way, explore, explore_again, kept_by_someone
-from convbn_fx.matching import find_pairs_in
+from convbn_fx.matching import find_pairs_in, reads_metadata
 from convbn_fx.private_copy import PrivateCopy, private_copy
+from convbn_fx.proxies import READ_BY_NAME
 from convbn_fx.records import Refusal, SkipReason
 from convbn_fx.untaken import CodeRun
 
@@ -33,19 +34,21 @@ def doubts(
     Args:
         model: The model that was explored.
         found: What its forwards do.
-        pairs: The pairs that are to be baked, of modules.
+        pairs: The pairs that are to be baked.
         code: What of the model's code ran while it was explored.
 
     Returns:
         For each such module, by id, who may use it.
     """
+    pairs = list(pairs)
     members = [
-        (model.get_submodule(pair.record.convolution), model.get_submodule(pair.record.batch_norm))
+        (model.get_submodule(pair.convolution_module), model.get_submodule(pair.record.batch_norm))
         for pair in pairs
     ]
+    calling = {id(conv) for pair, (conv, _) in zip(pairs, members, strict=True) if pair.site is not None}
     code.originals = found.originals
     explored = found.explored + _other_methods(model, found, code)
-    uses = _Uses(model, explored, {(id(conv), id(norm)) for conv, norm in members})
+    uses = _Uses(model, explored, {(id(conv), id(norm)) for conv, norm in members}, calling)
     refusals = {
         identity: Refusal(SkipReason.CONVOLUTION_OUTPUT_USED_ELSEWHERE, detail)
         for identity, detail in uses.apart.items()
@@ -61,6 +64,8 @@ def doubts(
     owners = {id(model.get_submodule(pair.owner)) for pair in pairs}
     for module in {id(module): module for pair in members for module in pair}.values():
         doubt = possible.get(id(module)) or references.doubt(module, followed, owners)
+        if id(module) in calling and not doubt:
+            doubt = _doubt_about_its_call(followed[id(module)])
         if doubt:
             refusals.setdefault(id(module), Refusal(SkipReason.MAY_BE_USED_ELSEWHERE, doubt))
     return refusals
@@ -82,6 +87,16 @@ def _other_methods(model: nn.Module, found: Discovery, code: CodeRun) -> list[Ex
     return others
 
 
+def _doubt_about_its_call(explored: Explored) -> str:
+    """Whether a forward that calls a function with its module's weight may call it in another way; empty if not."""
+    ways = explored.ways
+    if not all(way.is_whole for way in ways):
+        return f"{_told(explored.module)} could not be followed to its end"
+    if any(way.has_guessed_a_number and way.loops for way in ways):
+        return f"how often {_told(explored.module)} calls the function was guessed"
+    return ""
+
+
 # --- Uses that were seen -----------------------------------------------------------------------------------------
 
 
@@ -92,21 +107,31 @@ class _Uses:
         model: The model.
         explored: Its forwards.
         pairs: Ids of the convolutions and batch norms that are pairs.
+        calling: Ids of those convolutions that are functions, called by the forward of the module itself.
 
     Attributes:
         apart: For each module, by id, who uses it apart.
         read: Ids of the convolutions of pairs whose output is looked at before it is normalised.
     """
 
-    def __init__(self, model: nn.Module, explored: list[Explored], pairs: set[tuple[int, int]]) -> None:
+    def __init__(
+        self, model: nn.Module, explored: list[Explored], pairs: set[tuple[int, int]], calling: set[int]
+    ) -> None:
         self.apart: dict[int, str] = {}
         self.read: set[int] = set()
         self.pairs = pairs
-        self.holders: defaultdict[int, list[int]] = defaultdict(list)  # of tensors
-        for module in model.modules():
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if tensor is not None:
-                    self.holders[id(tensor)].append(id(module))
+        self.calling = calling
+        held = [
+            (tensor, module)
+            for module in model.modules()
+            for tensor in _tensors(module)
+            if tensor.is_floating_point()  # which a count of batches is not, that loading looks at
+        ]
+        memory = _in_one_memory(tensor for tensor, _ in held)
+        self.holders: defaultdict[int, dict[int, nn.Module]] = defaultdict(dict)  # of tensors
+        for tensor, module in held:
+            for other in memory[id(tensor)]:
+                self.holders[id(other)][id(module)] = module
         # Convolutions that forwards return the output of, and batch norms of what they are given: their callers may
         # pair them.
         self.last: defaultdict[int, set[int]] = defaultdict(set)
@@ -120,23 +145,43 @@ class _Uses:
 
     def _members(self, match: Any, way: Way) -> Iterable[Node]:
         conv, norm = match.convolution_node, match.batch_norm_node
-        if conv.op != "call_module" or norm.op != "call_module":
+        if norm.op != "call_module":
             return ()
-        modules = tuple(id(way.root.get_submodule(str(node.target))) for node in (conv, norm))
-        return (conv, norm) if modules in self.pairs else ()
+        normalising = id(way.root.get_submodule(str(norm.target)))
+        called = self._called(conv, way)
+        return (conv, norm) if called is not None and (id(called), normalising) in self.pairs else ()
+
+    def _called(self, node: Node, way: Way) -> nn.Module | None:
+        """The module that is called, or whose forward calls a function with the module's own weight."""
+        if node.op == "call_module":
+            return way.root.get_submodule(str(node.target))
+        if node.target not in kinds.CONVOLUTION_FUNCTIONS:
+            return None
+        weight = weight_of(node)
+        holders = self.holders[id(_tensor(str(weight.target), way.root))] if weight is not None else {}
+        (holder,) = holders.values() if len(holders) == 1 else (None,)
+        return holder if id(holder) in self.calling else None
 
     def _look_at(self, way: Way, paired: set[Node], each: Explored) -> None:
         root = way.root
         self.called |= {id(root.get_submodule(name)) for name in way.opened}
         for node in way.graph.nodes:
             if node.op == "get_attr":  # the forward reads a parameter itself
-                for identity in self.holders[id(_tensor(str(node.target), root))]:
-                    self.apart.setdefault(identity, f"{node.target} is read in {_told(root)}")
+                # What another method does with all of them, it does with those of a baked model: loads them, say.
+                if each.method == "forward" or (READ_BY_NAME in node.meta and node.users):
+                    self._look_at_read(node, way)
             elif node in paired:
                 if len(node.users) > 1 and any(user in paired for user in node.users):
-                    self.read.add(id(root.get_submodule(str(node.target))))
-            elif node.op == "call_module":
-                self.calls.append((root.get_submodule(str(node.target)), node, each))
+                    self.read.add(id(self._called(node, way)))
+            elif (called := self._called(node, way)) is not None:
+                self.calls.append((called, node, each))
+
+    def _look_at_read(self, node: Node, way: Way) -> None:
+        """Notes whose parameter is read for more than what is known of it, or than a call that may be a pair's."""
+        readers = [user for user in node.users if not reads_metadata(user)]
+        for identity, holder in self.holders[id(_tensor(str(node.target), way.root))].items():
+            if any(self._called(user, way) is not holder for user in readers) or not node.users:
+                self.apart.setdefault(identity, f"{node.target} is read in {_told(way.root)}")
 
     def _resolve_ends(self, model: nn.Module, explored: list[Explored]) -> None:
         """Hands what is at the end of a forward to those who call it."""
@@ -157,7 +202,8 @@ class _Uses:
                     self.apart.setdefault(identity, f"at an end of {_told(each.module)}")
 
     def _lasts(self, module: nn.Module) -> set[int]:
-        return {id(module)} if kinds.resembles_convolution(module) else self.last[id(module)]
+        is_convolution = kinds.resembles_convolution(module) or id(module) in self.calling
+        return {id(module)} if is_convolution else self.last[id(module)]
 
     def _firsts(self, module: nn.Module) -> set[int]:
         return {id(module)} if kinds.resembles_batch_norm(module) else self.first[id(module)]
@@ -170,27 +216,69 @@ class _Uses:
                 self.apart.setdefault(identity, f"on a path of {_told(each.module)}")
 
 
+def weight_of(node: Node) -> Node | None:
+    """The weight of a function's call, if a parameter is the weight itself."""
+    try:
+        _, call = kinds.CONVOLUTION_FUNCTIONS[node.target].operands(*node.args, **node.kwargs)
+    except TypeError:  # a call that raises
+        return None
+    weight: Any = call.weight
+    return weight if isinstance(weight, Node) and weight.op == "get_attr" else None
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [
+        tensor
+        for tensors in (module._parameters, module._buffers)
+        for tensor in tensors.values()
+        if tensor is not None
+    ]
+
+
+def _in_one_memory(tensors: Iterable[Tensor]) -> dict[int, list[Tensor]]:
+    """For tensors, by id, all that lie in the same memory, at least in part; itself, too."""
+    groups = {id(tensor): [tensor] for tensor in tensors}
+    places: list[tuple[int, int, int, int]] = []
+    for (tensor,) in groups.values():
+        if tensor.layout is torch.strided and tensor.numel():
+            size, begin = tensor.element_size(), int(tensor.storage_offset())
+            lengths = zip(tensor.shape, tensor.stride(), strict=True)
+            end = begin + 1 + sum((length - 1) * stride for length, stride in lengths)
+            places.append((tensor.untyped_storage()._cdata, begin * size, end * size, id(tensor)))
+    before, reach = (0, 0), 0  # the storage and the id of the last one, and how far they went
+    for storage, begin, end, identity in sorted(places):
+        if before[0] == storage and begin < reach:
+            groups[before[1]] += groups[identity]
+            groups[identity] = groups[before[1]]
+            end = max(end, reach)
+        before, reach = (storage, identity), end
+    return groups
+
+
 def _tensor(name: str, root: nn.Module) -> Any:
     """The tensor of this name; None where a trace made it up."""
     owner, _, last = name.rpartition(".")
     return getattr(root.get_submodule(owner), last, None)
 
 
-def _are_all(explored: Explored) -> bool:
-    """Whether nothing can happen in a forward that none of its ways goes through."""
+def _are_all(explored: Explored, member: nn.Module | None = None) -> bool:
+    """Whether nothing can happen in a forward, or to a module in it, that none of its ways goes through."""
     ways, root = explored.ways, explored.module
     if not all(way.is_whole for way in ways):
         return False
     if not any(way.has_guessed_a_number for way in ways):
         return True
     # A loop that is longer than was guessed may call what none of them does.
-    called = {
+    called = {id(root)} | {
         id(part)
         for way in ways
         for node in way.graph.nodes
         if node.op == "call_module"
         for part in root.get_submodule(str(node.target)).modules()
     }
+    called |= {id(root.get_submodule(name)) for way in ways for name in way.opened}
+    if member is not None:
+        return id(member) in called
     return not any(
         (kinds.resembles_convolution(module) or kinds.resembles_batch_norm(module))
         and id(module) not in called
@@ -201,18 +289,40 @@ def _are_all(explored: Explored) -> bool:
 # --- What has changed ---------------------------------------------------------------------------------------------
 
 
-def goes_another_way(explored: Explored, private: PrivateCopy) -> bool:
-    """Whether a forward, explored again, is not the one it was: it looks at what was exchanged."""
+def goes_another_way(explored: Explored, private: PrivateCopy, biases: dict[int, tuple[str, str]]) -> bool:
+    """Whether a forward, explored again, is not the one it was: it looks at what was exchanged.
+
+    Args:
+        explored: What it was.
+        private: A copy of the model as it is now.
+        biases: For modules, by id, the names of a weight that was exchanged, and of the bias that now goes with it.
+    """
     again = explore_again(explored.ways, private, explored.method)
-    return list(map(_written, again)) != list(map(_written, explored.ways))
+    names = {
+        f"{name}.{weight}".lstrip("."): f"{name}.{bias}".lstrip(".")
+        for name, module in explored.module.named_modules()
+        for weight, bias in [biases.get(id(module), ("", ""))]
+        if weight
+    }
+    before = [_written(way, names, names) for way in explored.ways]
+    return [_written(way, names, {}) for way in again] != before
 
 
-def _written(way: Way) -> list[object]:
-    return [
-        (node.op, node.target, str(node.args), str(node.kwargs))
-        for node in way.graph.nodes
-        if node.target is not kept_by_someone
-    ] + [way.is_whole]
+def _written(way: Way, biases: dict[str, str], given: dict[str, str]) -> list[object]:
+    """What is compared of a way: its nodes without those that read a bias that may be new; as if it were given."""
+    written: list[object] = [way.is_whole]
+    for node in way.graph.nodes:
+        is_bias = node.op == "get_attr" and node.target in biases.values()
+        if node.target is kept_by_someone or is_bias:
+            continue
+        arguments: tuple[Any, ...] = (node.args, node.kwargs)
+        weight = weight_of(node) if node.target in kinds.CONVOLUTION_FUNCTIONS else None
+        if weight is not None and weight.target in biases:
+            input, call = kinds.CONVOLUTION_FUNCTIONS[node.target].operands(*node.args, **node.kwargs)
+            bias = given.get(str(weight.target), getattr(call.bias, "target", None))
+            arguments = (input, call._replace(bias=bias))
+        written.append((node.op, node.target, str(arguments)))
+    return written
 
 
 # --- Who can reach what ------------------------------------------------------------------------------------------
@@ -263,13 +373,15 @@ class _References:
                     self.sources[id(target)].append(value)
                     todo.append(target)
         self.kept_alive = known
+        tensors = [value for value in known.values() if issubclass(type(value), Tensor)]
+        for identity, others in _in_one_memory(tensors).items():
+            self.sources[identity] += [other for other in others if id(other) != identity]
 
     def doubt(self, member: nn.Module, followed: dict[int, Explored], owners: set[int]) -> str:
         """Who may use a convolution or a batch norm in a way that was not followed; empty if nobody."""
-        tensors = [*member._parameters.values(), *member._buffers.values()]
-        for target in (member, *(tensor for tensor in tensors if tensor is not None)):
+        for target in (member, *_tensors(member)):
             for module in self._reaching(target, member):
-                doubt = self._doubt_about(module, target, followed, owners)
+                doubt = self._doubt_about(module, target, member, followed, owners)
                 if doubt:
                     return doubt
         return ""
@@ -286,7 +398,9 @@ class _References:
                     if issubclass(type(source), (nn.Module, _HooksOf)):
                         yield source
 
-    def _doubt_about(self, module: Any, target: Any, followed: dict[int, Explored], owners: set[int]) -> str:
+    def _doubt_about(
+        self, module: Any, target: Any, member: nn.Module, followed: dict[int, Explored], owners: set[int]
+    ) -> str:
         if isinstance(module, _HooksOf):
             return f"a hook of {_told(module.module)} reaches it"
         if _runs_only_what_it_is_known_for(module):
@@ -295,7 +409,7 @@ class _References:
             return f"{_told(module)} reaches it, and is not around it"
         if id(module) not in followed:
             return f"{_told(module)}, whose forward was not explored, is around it"
-        if id(module) in owners and not _are_all(followed[id(module)]):
+        if id(module) in owners and not _are_all(followed[id(module)], member):
             return f"{_told(module)} could not be followed to its end"
         return ""
 
@@ -303,7 +417,7 @@ class _References:
         """Ids of the modules and tensors that are registered inside a module."""
         if id(module) not in self.inside:
             parts = list(module.modules())
-            tensors = [t for part in parts for t in (*part._parameters.values(), *part._buffers.values())]
+            tensors = [tensor for part in parts for tensor in _tensors(part)]
             self.inside[id(module)] = {*map(id, parts), *map(id, tensors)}
         return self.inside[id(module)]
 
