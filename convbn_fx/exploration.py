@@ -476,11 +476,18 @@ def kept_by_someone(*_: Any) -> None:
     """Stands for whoever reads what a forward has left behind."""
 
 
-def module_called(value: object) -> nn.Module | None:
-    """The module of whose call a value stands for the output, while a forward is explored."""
-    if type(value) is not _Guess or value.node.op != "call_module":
+def convolution_called(value: object) -> nn.Module | None:
+    """The convolution of whose call a value stands for the output, or whose forward calls the function."""
+    if type(value) is not _Guess:
         return None
-    return value.tracer.private.originals.get(value.tracer.root.get_submodule(str(value.node.target)))
+    node, tracer = value.node, value.tracer
+    is_function = node.target in kinds.CONVOLUTION_FUNCTIONS and node in tracer.calls
+    if not is_function and node.op != "call_module":
+        return None
+    name = tracer.calls[node][0] if is_function else str(node.target)
+    module = tracer.private.originals.get(tracer.root.get_submodule(name))
+    is_convolution = is_function or (module is not None and kinds.resembles_convolution(module))
+    return module if is_convolution else None
 
 
 def explore(root: nn.Module, ends: "Ends", private: PrivateCopy, method: str = "forward") -> list[Way]:

@@ -15,10 +15,9 @@ from typing import Any, Final
 
 from torch import nn
 
-from convbn_fx import kinds
 from convbn_fx.copying import reached_from
 from convbn_fx.exact_classes import functions_in
-from convbn_fx.exploration import module_called
+from convbn_fx.exploration import convolution_called
 
 #: A piece of code, and the module that it ran for, which is its first argument; None for that of no module.
 Key = tuple[CodeType, nn.Module | None]
@@ -60,8 +59,8 @@ class CodeRun:
                 executed.add(frame.f_lasti)
                 if frame.f_lasti in branches:
                     for name, value in frame.f_locals.items():
-                        module = module_called(value)
-                        if module is not None and kinds.resembles_convolution(module):
+                        module = convolution_called(value)
+                        if module is not None:
                             self.outputs[key, frame.f_lasti].add((name, id(module)))
             return run
 
@@ -91,8 +90,6 @@ class CodeRun:
                         used.setdefault(module, told)
             if names and owner is not None:
                 names = _names_with_those_of_methods(names, owner)
-                if not names.isdisjoint(owner._parameters):
-                    used.setdefault(id(owner), told)
                 for part in _reached_by(names, owner):
                     used.setdefault(id(part), told)
                 for name in {name.removesuffix("()") for name in names} - _OF_EVERY_MODULE:
@@ -311,6 +308,8 @@ def _reached_by(names: set[str], module: nn.Module) -> Iterator[nn.Module]:
 
     What is only called runs as it always does, whatever is inside.
     """
+    if not names.isdisjoint(module._parameters):
+        yield module
     if any(name.removesuffix("()") in _ENUMERATING for name in names):
         yield from module.modules()
     for name, part in module.named_modules(remove_duplicate=False):
