@@ -261,8 +261,8 @@ def _tensor(name: str, root: nn.Module) -> Any:
     return getattr(root.get_submodule(owner), last, None)
 
 
-def _are_all(explored: Explored, member: nn.Module | None = None) -> bool:
-    """Whether nothing can happen in a forward, or to a module in it, that none of its ways goes through."""
+def _are_all(explored: Explored) -> bool:
+    """Whether nothing can happen in a forward that none of its ways goes through."""
     ways, root = explored.ways, explored.module
     if not all(way.is_whole for way in ways):
         return False
@@ -277,8 +277,6 @@ def _are_all(explored: Explored, member: nn.Module | None = None) -> bool:
         for part in root.get_submodule(str(node.target)).modules()
     }
     called |= {id(root.get_submodule(name)) for way in ways for name in way.opened}
-    if member is not None:
-        return id(member) in called
     return not any(
         (kinds.resembles_convolution(module) or kinds.resembles_batch_norm(module))
         and id(module) not in called
@@ -381,7 +379,7 @@ class _References:
         """Who may use a convolution or a batch norm in a way that was not followed; empty if nobody."""
         for target in (member, *_tensors(member)):
             for module in self._reaching(target, member):
-                doubt = self._doubt_about(module, target, member, followed, owners)
+                doubt = self._doubt_about(module, target, followed, owners)
                 if doubt:
                     return doubt
         return ""
@@ -398,9 +396,7 @@ class _References:
                     if issubclass(type(source), (nn.Module, _HooksOf)):
                         yield source
 
-    def _doubt_about(
-        self, module: Any, target: Any, member: nn.Module, followed: dict[int, Explored], owners: set[int]
-    ) -> str:
+    def _doubt_about(self, module: Any, target: Any, followed: dict[int, Explored], owners: set[int]) -> str:
         if isinstance(module, _HooksOf):
             return f"a hook of {_told(module.module)} reaches it"
         if _runs_only_what_it_is_known_for(module):
@@ -409,7 +405,7 @@ class _References:
             return f"{_told(module)} reaches it, and is not around it"
         if id(module) not in followed:
             return f"{_told(module)}, whose forward was not explored, is around it"
-        if id(module) in owners and not _are_all(followed[id(module)], member):
+        if id(module) in owners and not _are_all(followed[id(module)]):
             return f"{_told(module)} could not be followed to its end"
         return ""
 

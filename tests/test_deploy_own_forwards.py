@@ -87,3 +87,24 @@ def test_values_of_parameters_that_are_read_as_all():
 def test_parameters_that_are_counted():
     model = built(nn.Conv2d, True, Counting)
     torch.testing.assert_close(deploy(model)(X), model(X))
+
+
+class Repeated(nn.Module):
+    """Runs as many of its convolutions as the batch is large."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(3))
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        for i in range(int(x.shape[0])):
+            x = self.convs[i](x)
+        return self.norm(x)
+
+
+def test_a_loop_that_is_longer_than_was_guessed():
+    model = Repeated().double().eval()
+    randomize_batchnorms(model)
+    deployed = deploy(model)
+    torch.testing.assert_close(deployed(X), model(X))
