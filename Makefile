@@ -87,11 +87,12 @@ mkdir -p $(MEASURED) && rm -f $(MEASURED)/$(2).csv && \
 endef
 
 zoo-structure: $(READY) ## Count the pairs of every timm architecture, run and fused (half an hour)
-	@$(BIN)/python -m bench.structure
+	@$(BIN)/python -m bench.tools.structure
 
-lint: $(READY) ## Check style and formatting
+lint: $(READY) ## Check style, formatting and the direction of imports
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports --no-cache
 
 types: $(READY) ## Check the types
 	@$(BIN)/mypy
@@ -112,16 +113,17 @@ docs: $(DOCS_READY) ## Build the documentation into build/site, where a warning 
 dist: $(READY) ## Build the wheel and the source archive into dist
 	@$(BIN)/python -m hatchling build --clean --directory dist
 
-BENCHMARKS := resnet50-grid classification detection adversarial pretraining alternatives coefficients theory costs
+# The names are in one place: bench/experiments.
+EXPERIMENTS = $(shell $(BIN)/python -c 'from bench.experiments import EXPERIMENTS; print(*EXPERIMENTS)')
 
-bench: $(READY) ## Run every benchmark, into bench/results and docs/benchmarks.md (two hours)
-	@for name in $(BENCHMARKS); do \
+bench: $(READY) ## Run every experiment, into bench/results and docs/benchmarks.md (two hours)
+	@for name in $(EXPERIMENTS); do \
 		env --unset OMP_WAIT_POLICY $(BIN)/python -m bench $$name --json bench/results/$$name.json || exit 1; done
-	@$(BIN)/python -m bench.page
+	@$(BIN)/python -m bench.tools.page
 
-bench-smoke: $(READY) ## Run every benchmark at toy size
+bench-smoke: $(READY) ## Run every experiment at toy size
 	@$(BIN)/python -m bench.demo --smoke
-	@for name in $(BENCHMARKS); do $(BIN)/python -m bench $$name --smoke || exit 1; done
+	@for name in $(EXPERIMENTS); do $(BIN)/python -m bench $$name --smoke || exit 1; done
 
 clean: ## Remove .venv, caches and build results
 	@rm -rf $(VENV) build dist site htmlcov .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -5,28 +5,15 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 import torch
 import typer
 from typer import Argument, Option
 
-from bench.environment import describe, processor_ticks
-from bench.results import Options, Result
-
-#: The benchmarks, in the order of the page; each is a module with `run`, `tables` and `plot`.
-BENCHMARKS: Final = (
-    "resnet50-grid",
-    "classification",
-    "detection",
-    "adversarial",
-    "pretraining",
-    "alternatives",
-    "coefficients",
-    "theory",
-    "costs",
-    "kernels",
-)
+from bench.experiments import EXPERIMENTS
+from bench.harness.environment import describe, processor_ticks
+from bench.harness.results import Options, Result
 
 
 def module_of(benchmark: str) -> Any:
@@ -38,13 +25,13 @@ def module_of(benchmark: str) -> Any:
     Returns:
         The module. `run(options)` returns `settings, rows, notes`; `tables(result)` its tables in Markdown;
         `plot(result)` a figure; `cases(result)`, where contenders are set against each other, what
-        [`better_than_tune`][bench.better.better_than_tune] is to look at.
+        [`better_than_tune`][bench.harness.better.better_than_tune] is to look at.
     """
-    return importlib.import_module(f"bench.{benchmark.replace('-', '_')}")
+    return importlib.import_module(f"bench.experiments.{benchmark.replace('-', '_')}")
 
 
 def main(
-    benchmark: Annotated[str, Argument(help=f"One of {', '.join(BENCHMARKS)}.")],
+    benchmark: Annotated[str, Argument(help=f"One of {', '.join(EXPERIMENTS)}.")],
     device: Annotated[str, Option(help="cpu or cuda.")] = "cpu",
     smoke: Annotated[bool, Option("--smoke", help="Toy sizes: does everything run?")] = False,
     seconds: Annotated[float, Option(min=0, help="How long the contenders of a row take turns.")] = 30.0,
@@ -63,8 +50,8 @@ def main(
     plot: Annotated[Path | None, Option(help="Write a picture (png, svg or pdf) here.")] = None,
 ) -> None:
     """Run a benchmark and print its table as Markdown."""
-    if benchmark not in BENCHMARKS:
-        raise typer.BadParameter(f"there is no benchmark {benchmark}; there are {', '.join(BENCHMARKS)}")
+    if benchmark not in EXPERIMENTS:
+        raise typer.BadParameter(f"there is no benchmark {benchmark}; there are {', '.join(EXPERIMENTS)}")
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("there is no CUDA device here")
     options = Options(device, smoke, seconds, seeds, image_folder, checkpoint, eps)

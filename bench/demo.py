@@ -14,10 +14,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench.environment import describe
-from bench.measure import FULL, PHASES, SMOKE, Measurement, Sizes, measure
-from bench.models import MODELS
-from bench.table import render
+from bench.harness.environment import describe
+from bench.harness.measure import FULL, PHASES, SMOKE, Measurement, Sizes, measure
+from bench.harness.models import MODELS
+from bench.harness.table import render
 
 #: The architectures that it fuses.
 DEMO = ("resnet50", "mobilenet_v2", "googlenet", "densenet121", "efficientnet_b0", "regnety_002", "unet")

@@ -6,10 +6,10 @@ A `torch.fx` pass for models whose batch norms are in Eval mode (frozen statisti
 
 from convbn_fx import functional, kinds, memory, operands, testing
 from convbn_fx.api import deploy, report, transform, tune, untune
+from convbn_fx.fx.tracing import TracingError, symbolic_trace
 from convbn_fx.kinds import register_batch_norm, register_conv
-from convbn_fx.modes import batchnorm_mode
-from convbn_fx.records import Pair, Report, Skip, SkipReason
-from convbn_fx.tracing import TracingError, symbolic_trace
+from convbn_fx.kinds.modes import batchnorm_mode
+from convbn_fx.report import Pair, Report, Skip, SkipReason
 
 __all__ = [
     "Pair",

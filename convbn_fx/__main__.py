@@ -5,7 +5,7 @@ import sys
 
 def build() -> None:
     """Builds the operator in C++ where it is not built."""
-    from convbn_fx import native
+    from convbn_fx.functional import native
 
     try:
         sys.stdout.write(f"{native.build(again=True)}\n")
@@ -19,7 +19,7 @@ def main() -> None:
     if sys.argv[1:] == ["build"]:  # needs nothing
         return build()
     try:
-        from convbn_fx.cli import app
+        from convbn_fx.cli.commands import app
     except ModuleNotFoundError as error:
         sys.stderr.write(
             f"convbn-fx: the command line needs {error.name}, which comes with: pip install 'convbn-fx[cli,zoo]'\n"

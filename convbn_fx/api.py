@@ -8,23 +8,24 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from convbn_fx import native
-from convbn_fx.baking import Baked, bake, bake_graph, skipped
-from convbn_fx.checking import check_example_inputs, check_outputs
-from convbn_fx.cloning import Model, clone, untuned_class
-from convbn_fx.compiled_reports import compiled_report
-from convbn_fx.discovery import Discovery, Explored, OwnedPair, discover
-from convbn_fx.exploration import GuessedTensor
-from convbn_fx.graph_module import GraphModule, make_plain
-from convbn_fx.linking import file_report, keep_in_eval_mode, link, orphaned
-from convbn_fx.matching import find_pairs
-from convbn_fx.modes import batch_norms, selected
-from convbn_fx.private_copy import private_copy
-from convbn_fx.records import Refusal, Report, Skip, SkipReason, without_wrappers
-from convbn_fx.rewriting import copied, rewrite, unfuse
-from convbn_fx.roles import REPORT, STAYS_IN_EVAL_MODE
-from convbn_fx.untaken import CodeRun
-from convbn_fx.uses import doubts, goes_another_way
+from convbn_fx.deploying.baking import Baked, bake, bake_graph, skipped
+from convbn_fx.deploying.checking import check_example_inputs, check_outputs
+from convbn_fx.functional import native
+from convbn_fx.fx.graph_module import GraphModule, make_plain
+from convbn_fx.fx.matching import find_pairs
+from convbn_fx.fx.notes import compiled_report
+from convbn_fx.fx.pairs import OwnedPair
+from convbn_fx.fx.private_copy import private_copy
+from convbn_fx.fx.rewriting import copied, rewrite, unfuse
+from convbn_fx.kinds.modes import batch_norms, selected
+from convbn_fx.report import Refusal, Report, Skip, SkipReason, without_wrappers
+from convbn_fx.tuning.cloning import Model, clone, untuned_class
+from convbn_fx.tuning.exploring.discovery import Discovery, Explored, discover
+from convbn_fx.tuning.exploring.exploration import GuessedTensor
+from convbn_fx.tuning.exploring.untaken import CodeRun
+from convbn_fx.tuning.exploring.uses import doubts, goes_another_way
+from convbn_fx.tuning.linking import file_report, keep_in_eval_mode, link, orphaned
+from convbn_fx.tuning.tuned_classes import REPORT, STAYS_IN_EVAL_MODE
 
 META_KEY: Final = "convbn_fx"
 

@@ -21,8 +21,8 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
-from torch.utils import _pytree as pytree
+
+from convbn_fx._torch import FakeCopyMode, FakeTensor, FakeTensorMode, pytree
 
 __all__ = ["saved_bytes"]
 

@@ -9,7 +9,8 @@ from hypothesis import Phase, settings
 from torch_alone import left_out
 
 # Tests use the operator in C++ where it is built (`make setup` builds it), and build none, nor do their processes.
-from convbn_fx import costs, native
+from convbn_fx.functional import cost_rule as costs
+from convbn_fx.functional import native
 
 if native.operator is None:
     os.environ["CONVBN_FX_NATIVE"] = "0"

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from convbn_fx import functional, native, report, symbolic_trace, transform, tune
+from convbn_fx import functional, report, symbolic_trace, transform, tune
+from convbn_fx.functional import native
 from convbn_fx.testing import randomize_batchnorms
 
 #: For tests of models that are in Train mode on purpose, of which tune, transform and deploy warn.

@@ -5,8 +5,8 @@ that no longer applies, because the function has changed, says so; give it the n
 """
 
 import ast
-import importlib
 import inspect
+import pkgutil
 import sys
 import textwrap
 from collections.abc import Callable
@@ -33,9 +33,10 @@ class Mutant:
 
     def install(self, monkeypatch):
         """Puts the wrong function in the place of the right one, in every file that imported it."""
-        file, *owner, name = self.function.split(".")
-        module = importlib.import_module(f"convbn_fx.{file}")
-        scope = getattr(module, *owner) if owner else module
+        path, _, name = self.function.rpartition(".")
+        scope = pkgutil.resolve_name(f"convbn_fx.{path}")
+        owner = inspect.isclass(scope)
+        module = sys.modules[scope.__module__] if owner else scope
         right = getattr(scope, name)
         tree = ast.parse(textwrap.dedent(inspect.getsource(right)))
         (definition,) = tree.body
@@ -55,114 +56,151 @@ class Mutant:
 
 
 MUTANTS = [
-    Mutant("mean ignored", "arithmetic.plus_centred", "at_least_float32(running_mean)", "0 * running_mean"),
+    Mutant(
+        "mean ignored",
+        "functional.arithmetic.plus_centred",
+        "at_least_float32(running_mean)",
+        "0 * running_mean",
+    ),
     Mutant(
         "variance ignored",
-        "arithmetic.inverse_deviation",
+        "functional.arithmetic.inverse_deviation",
         "at_least_float32(running_var)",
         "at_least_float32(running_var) ** 0",
     ),
     Mutant(
         "eps 0",
-        "arithmetic.inverse_deviation",
+        "functional.arithmetic.inverse_deviation",
         "(_kept(eps, variance.dtype) if is_eager(variance) else eps)",
         "0",
     ),
-    Mutant("no square root", "arithmetic.inverse_deviation", "rsqrt", "reciprocal"),
-    Mutant("divided twice", "arithmetic.scale_of", "gamma *", "gamma * inverse_deviation *"),
-    Mutant("gamma ignored", "arithmetic.scale_of", "gamma * inverse_deviation", "inverse_deviation"),
-    Mutant("gamma detached", "arithmetic.scale_of", "gamma *", "gamma.detach() *"),
-    Mutant("beta ignored", "folding.Folding.parameters", "norm.bias", "None"),
-    Mutant("bias of the convolution dropped", "folding.Folding.parameters", "conv.bias", "None"),
-    Mutant("mean added", "arithmetic.plus_centred", "value=-1", "value=1"),
-    Mutant("mean added to a bias", "arithmetic.plus_centred", "factor, bias - mean)", "factor, bias + mean)"),
-    Mutant("shift not scaled", "folding.Folding.parameters", "self.scale", "torch.ones_like(self.scale)"),
-    Mutant("weight not scaled", "folding.Folding.weight", "* self.weight_scale", ""),
-    Mutant("weight scaled twice", "folding.Folding.weight", "self.weight_scale", "self.weight_scale ** 2"),
+    Mutant("no square root", "functional.arithmetic.inverse_deviation", "rsqrt", "reciprocal"),
+    Mutant("divided twice", "functional.arithmetic.scale_of", "gamma *", "gamma * inverse_deviation *"),
+    Mutant(
+        "gamma ignored", "functional.arithmetic.scale_of", "gamma * inverse_deviation", "inverse_deviation"
+    ),
+    Mutant("gamma detached", "functional.arithmetic.scale_of", "gamma *", "gamma.detach() *"),
+    Mutant("beta ignored", "functional.folding.Folding.parameters", "norm.bias", "None"),
+    Mutant("bias of the convolution dropped", "functional.folding.Folding.parameters", "conv.bias", "None"),
+    Mutant("mean added", "functional.arithmetic.plus_centred", "value=-1", "value=1"),
+    Mutant(
+        "mean added to a bias",
+        "functional.arithmetic.plus_centred",
+        "factor, bias - mean)",
+        "factor, bias + mean)",
+    ),
+    Mutant(
+        "shift not scaled",
+        "functional.folding.Folding.parameters",
+        "self.scale",
+        "torch.ones_like(self.scale)",
+    ),
+    Mutant("weight not scaled", "functional.folding.Folding.weight", "* self.weight_scale", ""),
+    Mutant(
+        "weight scaled twice",
+        "functional.folding.Folding.weight",
+        "self.weight_scale",
+        "self.weight_scale ** 2",
+    ),
     Mutant(
         "input channels scaled",
-        "arithmetic.along_output_channels",
+        "functional.arithmetic.along_output_channels",
         "view(-1, *[1] * (weight.ndim - 1))",
         "view(1, -1, *[1] * (weight.ndim - 2))",
     ),
     Mutant(
         "input channels of a transposed convolution scaled",
-        "arithmetic.along_output_channels",
+        "functional.arithmetic.along_output_channels",
         "view(1, -1, *ones)",
         "view(-1, 1, *ones)",
     ),
     Mutant(
         "groups of a transposed convolution in turn",
-        "arithmetic.along_output_channels",
+        "functional.arithmetic.along_output_channels",
         "repeat_interleave(weight.shape[0] // conv.groups, dim=0)",
         "repeat(weight.shape[0] // conv.groups, 1)",
     ),
-    Mutant("products of the input channels", "arithmetic.products", "(1, *range(3,", "(2, *range(3,"),
+    Mutant(
+        "products of the input channels", "functional.arithmetic.products", "(1, *range(3,", "(2, *range(3,"
+    ),
     Mutant(
         "products of one group",
-        "arithmetic.products",
+        "functional.arithmetic.products",
         "by_group.sum(",
         "by_group[:1].expand_as(by_group).sum(",
     ),
     Mutant(
         "gradient of the input unscaled",
-        "fused._gradients_of_folded",
+        "functional.autograd._gradients_of_folded",
         "fold.weight()",
         "weight",
     ),
     Mutant(
         "gradient of the weight unscaled",
-        "folding.Folding.gradients",
+        "functional.folding.Folding.gradients",
         "grad_weight.mul_(scale)",
         "grad_weight",
     ),
     Mutant(
-        "gradient of the bias unscaled", "folding.Folding.gradients", "self.scale * grad_shift", "grad_shift"
+        "gradient of the bias unscaled",
+        "functional.folding.Folding.gradients",
+        "self.scale * grad_shift",
+        "grad_shift",
     ),
-    Mutant("gradient of gamma undivided", "folding.Folding.gradients", "centred * self.inverse", "centred"),
+    Mutant(
+        "gradient of gamma undivided",
+        "functional.folding.Folding.gradients",
+        "centred * self.inverse",
+        "centred",
+    ),
     Mutant(
         "gradient of gamma without the mean",
-        "folding.Folding.gradients",
+        "functional.folding.Folding.gradients",
         "self.norm.running_mean",
         "0 * self.norm.running_mean",
     ),
-    Mutant("gradient of gamma without the bias", "folding.Folding.gradients", "self.conv.bias", "None"),
+    Mutant(
+        "gradient of gamma without the bias", "functional.folding.Folding.gradients", "self.conv.bias", "None"
+    ),
     Mutant(
         "gradient of gamma without the shift",
-        "folding.Folding.gradients",
+        "functional.folding.Folding.gradients",
         "per_scale, grad_shift",
         "per_scale, 0 * grad_shift",
     ),
     Mutant(
-        "gradient of beta scaled", "fused._gradients_of_folded", "grad_shift if", "fold.scale * grad_shift if"
+        "gradient of beta scaled",
+        "functional.autograd._gradients_of_folded",
+        "grad_shift if",
+        "fold.scale * grad_shift if",
     ),
     Mutant(
         "scaled: gradient of the bias unscaled",
-        "fused._gradients_of_scaled",
+        "functional.autograd._gradients_of_scaled",
         "scale * grad_shift",
         "grad_shift",
     ),
     Mutant(
         "scaled: gradient of gamma without the mean",
-        "fused._gradients_of_scaled",
+        "functional.autograd._gradients_of_scaled",
         "bias, running_mean)",
         "bias, 0 * running_mean)",
     ),
     Mutant(
         "scaled: gradient of gamma undivided",
-        "fused._gradients_of_scaled",
+        "functional.autograd._gradients_of_scaled",
         "running_mean) * inverse",
         "running_mean)",
     ),
     Mutant(
         "scaled: gradient of the output unscaled",
-        "fused._on_channels",
+        "functional.autograd._on_channels",
         "grad_output * per_channel",
         "grad_output + 0 * per_channel",
     ),
     Mutant(
         "scaled: scale left in gamma's gradient",
-        "fused._gradients_of_scaled",
+        "functional.autograd._gradients_of_scaled",
         "conv) / output_scale",
         "conv)",
     ),

@@ -6,7 +6,7 @@ from timm.layers import FrozenBatchNormAct2d
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import FrozenBatchNorm2d
 
-from bench.structure import PairCounter
+from bench.tools.structure import PairCounter
 from convbn_fx import report, tune
 from convbn_fx.testing import assert_equivalent
 

@@ -3,7 +3,7 @@
 from hypothesis import strategies as st
 
 from convbn_fx import SkipReason
-from convbn_fx.zoo.results import Level, Row, Status
+from convbn_fx.cli.zoo.results import Level, Row, Status
 
 #: A row as measuring `numeric` fills it, no cell of it at a limit of the gate.
 FULL = Row(

@@ -1,4 +1,4 @@
-"""Failure class m: everything that PyTorch offers around a model works on the result."""
+"""Everything that PyTorch offers around a model works on the result."""
 
 import copy
 import os

@@ -1,4 +1,4 @@
-"""Failure class m: what distributes a model over processes works on the result of `tune`.
+"""What distributes a model over processes works on the result of `tune`.
 
 The cases are in `distributed_worker.py`. torchrun runs all that were asked for at once, on two processes; here each
 shows what became of it.

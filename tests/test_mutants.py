@@ -49,5 +49,5 @@ def passes(check):
 
 
 def test_an_edit_that_no_longer_applies_says_so(monkeypatch):
-    with pytest.raises(LookupError, match=r"'no such thing' is not once in arithmetic\.scale_of"):
-        Mutant("stale", "arithmetic.scale_of", "no such thing", "").install(monkeypatch)
+    with pytest.raises(LookupError, match=r"'no such thing' is not once in functional.arithmetic\.scale_of"):
+        Mutant("stale", "functional.arithmetic.scale_of", "no such thing", "").install(monkeypatch)

@@ -1,4 +1,4 @@
-"""Failure classes h and i: overflow, rounding, cancellation; low precision next to float32; autocast."""
+"""Overflow, rounding, cancellation; low precision next to float32; autocast."""
 
 import collections
 import copy

@@ -1,4 +1,4 @@
-"""Failure classes k and l: state_dict, copies, pickles; the caller's model is left as found."""
+"""State_dict, copies, pickles; the caller's model is left as found."""
 
 import copy
 import os

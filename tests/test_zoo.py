@@ -6,7 +6,7 @@ import torch
 from models import prepared, with_slow
 from torch import nn
 
-from bench.structure import count_fused, count_pairs, main, on_meta
+from bench.tools.structure import count_fused, count_pairs, main, on_meta
 from convbn_fx import tune
 
 #: Each module of timm's: its smallest architecture with a pair, and the smallest images that it takes (of 64, 96, ...).

@@ -3,7 +3,7 @@
 import random
 from dataclasses import replace
 
-from convbn_fx.zoo.results import Level, Row, Status
+from convbn_fx.cli.zoo.results import Level, Row, Status
 
 #: What a model's name, or an exception, may hold to break a page that does not escape it.
 HOSTILE = """</td></script><script>window.broken=1</script><img src=x onerror="window.broken=1">'"&amp;{{ 7 * 7 }}"""

@@ -1,0 +1,4 @@
+"""Knows the command line, and the files, pages and pictures that it writes. Needs the extra `cli`.
+
+Nothing outside this folder may know of it.
+"""

@@ -1,0 +1,184 @@
+"""The picture in a report: the memory of each pair before and after, and the coefficients' histogram."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import StringIO
+from pathlib import Path
+from typing import Any, Final
+
+from convbn_fx.cli.report.inspection import Inspection
+from convbn_fx.cli.report.tables import heading, in_unit, share, uncounted, unit_of
+
+FORMATS: Final = (".png", ".svg", ".pdf")
+
+# Of Okabe and Ito's palette: apart for every kind of colour vision, on white and on black, and in grey too.
+_EVAL, _TUNE, _NEGATIVE = "#E69F00", "#0072B2", "#CC79A7"
+
+#: More names than this cannot be read side by side.
+_NAMES: Final = 60
+
+_BINS: Final = 60
+
+#: A name longer than this is cut off at its front.
+_LETTERS: Final = 32
+
+
+def plot(inspection: Inspection, path: str | Path) -> None:
+    """Draws the memory of each pair in the order of the network, and the histogram of all coefficients.
+
+    Args:
+        inspection: What `inspect_model` returned.
+        path: Where to; the suffix says in which format: `.png`, `.svg` or `.pdf`.
+
+    Raises:
+        ValueError: The suffix is another one.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"plot: cannot write {path.name}; the formats are {', '.join(FORMATS)}")
+    with _styled({}):
+        metadata = _NO_METADATA if path.suffix.lower() == ".svg" else None
+        _figure(inspection, with_heading=True).savefig(path, dpi=150, metadata=metadata)
+
+
+def inline_svg(inspection: Inspection) -> str:
+    """The same picture as an element of an HTML page: on the page's background, in the colour of its text.
+
+    Args:
+        inspection: What `inspect_model` returned.
+
+    Returns:
+        An `<svg>` element; all text in it is escaped.
+    """
+    file = StringIO()
+    with _styled(dict.fromkeys(_COLORED, _TEXT_COLOR) | {"savefig.transparent": True}):
+        _figure(inspection, with_heading=False).savefig(file, format="svg", metadata=_NO_METADATA)
+    svg = file.getvalue()
+    return svg[svg.index("<svg") :].replace(_TEXT_COLOR, "currentColor")
+
+
+_COLORED: Final = (
+    "text.color",
+    "axes.edgecolor",
+    "axes.labelcolor",
+    "axes.titlecolor",
+    "xtick.color",
+    "ytick.color",
+)
+_TEXT_COLOR: Final = "#0a0b0c"  # any colour that is nowhere else
+
+
+_NO_METADATA: Final = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+
+
+@contextmanager
+def _styled(more: dict[str, Any]) -> Iterator[None]:
+    """Matplotlib's own style and ours, whatever the user's is."""
+    import matplotlib as mpl
+
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        for name, value in (_STYLE | more).items():
+            mpl.rcParams[name] = value  # type: ignore[index] # any string
+        yield
+
+
+_STYLE: Final = {
+    "svg.hashsalt": "convbn_fx",  # the same names inside of it at every run
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.grid.axis": "y",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+}
+
+
+def _figure(inspection: Inspection, with_heading: bool) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    if with_heading:
+        figure.suptitle(_heading(inspection), fontsize=11, x=0.01, ha="left", parse_math=False)
+    upper, lower = figure.subplots(2, 1, height_ratios=(3, 2))
+    _draw_memory(upper, inspection)
+    _draw_coefficients(lower, inspection)
+    return figure
+
+
+def _draw_memory(axes: Any, inspection: Inspection) -> None:
+    """One bar per pair: what Eval mode keeps, and in front of it what Tune mode keeps."""
+    rows = [(row.pair.convolution, row.saved) for row in inspection.pairs if row.saved is not None]
+    axes.set_title("Saved for the backward pass by each pair")
+    if not rows:
+        _say(axes, uncounted(inspection) or "no pair was counted")
+        return
+    unit = unit_of(saved.eval for _, saved in rows)
+    width = 0.8 if len(rows) <= _NAMES else 1.0
+    for label, color, counts in (
+        ("Eval mode (the whole bar)", _EVAL, [saved.eval for _, saved in rows]),
+        ("Tune mode", _TUNE, [saved.tune for _, saved in rows]),
+    ):
+        heights = [float(in_unit(count, unit)) for count in counts]
+        axes.bar(range(len(rows)), heights, width, color=color, label=label)
+    axes.set_xlim(-0.7, len(rows) - 0.3)
+    axes.set_ylabel(unit)
+    step = math.ceil(len(rows) / _NAMES)
+    named = range(0, len(rows), step)
+    names = [_shortened(rows[place][0]) for place in named]
+    axes.set_xticks(named, names, rotation=90, fontsize=7, parse_math=False)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderpad=0, ncols=2)  # beside the title
+
+
+def _heading(inspection: Inspection) -> str:
+    saved = inspection.saved
+    if saved is None:
+        return heading(inspection)
+    unit = unit_of([saved.eval])
+    before, after = (f"{in_unit(count, unit)} {unit}" for count in (saved.eval, saved.tune))
+    return f"{heading(inspection)}: {before} in Eval mode, {after} in Tune mode ({share(saved.tune, saved.eval)})"
+
+
+def _draw_coefficients(axes: Any, inspection: Inspection) -> None:
+    """The magnitudes on a logarithmic axis, negative ones on top of positive ones."""
+    values = [value for value in inspection.coefficients.values if math.isfinite(value) and value != 0]
+    axes.set_title("Coefficients gamma / sqrt(var + eps): magnitudes")
+    if not values:
+        _say(axes, "no coefficient is known")
+        return
+    magnitudes = [abs(value) for value in values]
+    lowest, highest = min(magnitudes) / 3.2, max(magnitudes) * 3.2  # a decade at least
+    edges = [lowest * (highest / lowest) ** (place / _BINS) for place in range(_BINS + 1)]
+    positive, negative = [v for v in values if v > 0], [-v for v in values if v < 0]
+    axes.hist(
+        [positive, negative],
+        edges,
+        stacked=True,
+        color=[_TUNE, _NEGATIVE],
+        label=[f"{len(positive)} positive", f"{len(negative)} negative"],
+    )
+    axes.set_xscale("log")
+    axes.set_ylabel("channels")
+    zero = inspection.coefficients.zero
+    axes.legend(loc="upper left", title=f"{zero} zero (not shown)" if zero else None)
+
+
+def _say(axes: Any, words: str) -> None:
+    axes.text(
+        0.5, 0.5, words, ha="center", va="center", wrap=True, transform=axes.transAxes, parse_math=False
+    )
+    axes.set_axis_off()
+
+
+def _shortened(name: str) -> str:
+    """The name, or as much of its end as there is room for, from a dot on."""
+    if len(name) <= _LETTERS:
+        return name
+    end = name[-_LETTERS:]
+    return f"\N{HORIZONTAL ELLIPSIS}{end[max(end.find('.'), 0) :]}"

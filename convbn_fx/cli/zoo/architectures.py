@@ -1,0 +1,261 @@
+"""From a model's name on the command line to the model and what to feed it.
+
+`timm:NAME` and `torchvision:NAME` are architectures of those libraries, `package.module:factory` a function of the
+user's own, looked for in the current directory too.
+"""
+
+import fnmatch
+import importlib
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convbn_fx.cli.zoo import results
+
+#: The side of the images that a model is fed of which nothing is known.
+USUAL_SIDE = 224
+
+
+class UnknownModel(ValueError):
+    """A name is not that of a model; the message says what it could be."""
+
+
+class UnknownSuite(ValueError):
+    """A suite is neither a library nor a readable file; the message says what it could be."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and its inputs.
+
+    Attributes:
+        name: The model's name on the command line.
+        family: The module that its library keeps it in, such as `timm.resnet`.
+        model: The model, in Eval mode.
+        shapes: Shape of each positional input, without the batch.
+        body: Name of the sub-module that the inputs are for; empty for the model itself. Detectors, whose
+            post-processing depends on what they find, are measured at their backbone; optical flow, parts of which are
+            float32 in any model, at the encoder that has the batch norms.
+        examples: Inputs that the user's factory has given; they come before `shapes`.
+    """
+
+    name: str
+    family: str
+    model: nn.Module
+    shapes: tuple[tuple[int, ...], ...] = ((3, USUAL_SIDE, USUAL_SIDE),)
+    body: str = ""
+    examples: tuple[Any, ...] | None = None
+
+    @property
+    def resizable(self) -> bool:
+        """Whether batch and size are to be chosen."""
+        return self.examples is None
+
+    def inputs(self, batch: int, side: int | None = None) -> tuple[Any, ...]:
+        """Inputs that hold no memory, whatever their size; or the user's own examples.
+
+        Args:
+            batch: How many images.
+            side: Their height and width in pixels; the model's own by default.
+
+        Returns:
+            One float32 tensor for each positional argument, on the CPU, or on the meta device if that is the default.
+        """
+        if self.examples is not None:
+            return self.examples
+        shapes = self.shapes if side is None else [(*shape[:-2], side, side) for shape in self.shapes]
+        return tuple(torch.empty(()).expand(batch, *shape) for shape in shapes)
+
+
+def load(name: str, *, pretrained: bool = False, built_for: int | None = None) -> Subject:
+    """Builds a model by its name.
+
+    Args:
+        name: `timm:NAME`, `torchvision:NAME` or `package.module:factory`. A factory is called without arguments (and
+            with `pretrained=True` if that is asked for); it returns a model, or a model and a tuple of its inputs.
+        pretrained: Load the library's trained weights; they are downloaded unless they are there.
+        built_for: Height and width of other images than its own that a model of timm's is built for.
+
+    Returns:
+        The model in Eval mode, with its inputs.
+
+    Raises:
+        UnknownModel: There is no such model or factory, or it makes something else.
+        TypeError: The model cannot be built for other images.
+    """
+    library, separator, rest = name.partition(":")
+    if not (separator and rest and library):
+        raise UnknownModel(
+            f"{name!r} is no model's name; give timm:NAME, torchvision:NAME or package.module:factory"
+        )
+    build = _LIBRARIES.get(library, _own)
+    if built_for is None:
+        return build(name, rest, pretrained)
+    if build is not _timm:
+        raise TypeError(f"{name} is not built for images of any one size")
+    return _timm(name, rest, pretrained, img_size=built_for)
+
+
+def _timm(name: str, architecture: str, pretrained: bool, **options: int) -> Subject:
+    timm = _library("timm")
+    if not timm.is_model(architecture):
+        raise UnknownModel(_unknown(name, architecture, timm.list_models()))
+    model = timm.create_model(architecture, pretrained=pretrained, **options).eval()
+    module = timm.model_entrypoint(architecture).__module__.rpartition(".")[2]
+    return Subject(name, f"timm.{module}", model, (tuple(model.default_cfg["input_size"]),))
+
+
+def _torchvision(name: str, architecture: str, pretrained: bool) -> Subject:
+    torchvision = _library("torchvision")
+    if architecture not in torchvision.models.list_models():
+        raise UnknownModel(_unknown(name, architecture, torchvision.models.list_models()))
+    weights = "DEFAULT" if pretrained else None
+    builder = torchvision.models.get_model_builder(architecture)
+    package, _, module = builder.__module__.removeprefix("torchvision.models.").rpartition(".")
+    # A backbone is trained apart and would be downloaded, too.
+    apart = {} if pretrained or package not in {"detection", "segmentation"} else {"weights_backbone": None}
+    initialised = (
+        {"init_weights": True} if architecture in {"googlenet", "inception_v3"} and not pretrained else {}
+    )
+    model = builder(weights=weights, **apart, **initialised).eval()
+    body = {"detection": "backbone", "optical_flow": "context_encoder"}.get(package, "")
+    shapes = _torchvision_shapes(torchvision, architecture, package, model)
+    return Subject(name, f"torchvision.{module}", model, shapes, body)
+
+
+def _torchvision_shapes(
+    torchvision: Any, architecture: str, package: str, model: Any
+) -> tuple[tuple[int, ...], ...]:
+    """What the model was made for, as its trained weights tell it."""
+    if package == "detection":
+        resize = model.transform
+        return ((3, *(resize.fixed_size or (resize.min_size[-1], resize.max_size))),)
+    if package == "optical_flow":
+        return ((3, 520, 960),)
+    weights = torchvision.models.get_model_weights(architecture).DEFAULT
+    transforms = weights.transforms()
+    side = getattr(transforms, "crop_size", None) or transforms.resize_size
+    if hasattr(model, "image_size"):
+        side = [
+            model.image_size
+        ]  # a vision transformer takes no other, whatever its largest weights were made for
+    if package == "video":
+        return ((3, weights.meta.get("min_temporal_size", 16), side[0], side[-1]),)
+    return ((3, side[0], side[-1]),)
+
+
+def _own(name: str, factory: str, pretrained: bool) -> Subject:
+    module = name.partition(":")[0]
+    made = _factory(name, module, factory)(**({"pretrained": True} if pretrained else {}))
+    model, examples = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module):
+        raise UnknownModel(
+            f"{name}: the factory made a {type(made).__name__}; "
+            "it has to return a torch.nn.Module, or one and a tuple of its inputs"
+        )
+    if examples is not None and not isinstance(examples, tuple):
+        examples = (examples,)
+    return Subject(name, module, model.eval(), examples=examples)
+
+
+def _factory(name: str, module: str, factory: str) -> Callable[..., Any]:
+    here = str(Path.cwd())
+    if here not in sys.path:  # a console script's path begins with its own folder
+        sys.path.insert(0, here)
+    try:
+        found: Any = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # something that the user's module needs is missing
+        raise UnknownModel(
+            f"{name}: there is no module {error.name!r}, here or installed; "
+            "give timm:NAME, torchvision:NAME or package.module:factory"
+        ) from None
+    for step in factory.split("."):
+        if not hasattr(found, step):
+            raise UnknownModel(f"{name}: {module} has no {factory!r}")
+        found = getattr(found, step)
+    if not callable(found) or isinstance(found, nn.Module):
+        raise UnknownModel(
+            f"{name}: {factory} is a {type(found).__name__}; name a function that makes the model"
+        )
+    made: Callable[..., Any] = found
+    return made
+
+
+_LIBRARIES: Mapping[str, Callable[[str, str, bool], Subject]] = {"timm": _timm, "torchvision": _torchvision}
+
+
+def of_library(name: str) -> bool:
+    """Whether a model is a library's and not a user's own."""
+    return name.partition(":")[0] in _LIBRARIES
+
+
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise UnknownModel(
+            f"{error.name} is not installed; it comes with: pip install 'convbn-fx[zoo]'"
+        ) from None
+
+
+def _unknown(name: str, architecture: str, known: Iterable[str]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(architecture, list(known), n=5, cutoff=0.5)
+    return f"there is no model {name}" + (f"; did you mean {', '.join(close)}?" if close else "")
+
+
+# --- Many names at once -------------------------------------------------------------------------------------------
+
+
+def suite(name: str) -> list[str]:
+    """The models of a suite.
+
+    Args:
+        name: `timm`, `torchvision` (all but its quantised ones, which hold no batch norm), or a file: a results file,
+            whose models are meant, or a text with one model's name a line; `#` begins a comment.
+
+    Returns:
+        The models' names, in order.
+
+    Raises:
+        UnknownSuite: It is none of these, or the file holds no name.
+        UnknownModel: The library is not installed.
+    """
+    if name == "timm":
+        return [f"timm:{model}" for model in _library("timm").list_models()]
+    if name == "torchvision":
+        models = _library("torchvision").models.list_models()
+        return [f"torchvision:{model}" for model in models if not model.startswith("quantized_")]
+    path = Path(name)
+    if path.suffix == ".csv":
+        names = [row.name for row in results.read(path)]
+    else:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UnknownSuite(
+                f"no suite {name!r}: give timm, torchvision, or a file of models' names ({error})"
+            ) from None
+        names = [" ".join(line.partition("#")[0].split()) for line in text.splitlines()]
+    if not any(names):
+        raise UnknownSuite(f"{name}: no model is named there; write one a line, such as timm:resnet50")
+    return list(dict.fromkeys(name for name in names if name))
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a model is meant by a pattern: `timm:resnet*`, or `resnet*` of any library."""
+    return any(fnmatch.fnmatchcase(each, pattern) for each in (name, name.partition(":")[2]))
+
+
+def describe(subject: Subject, inputs: tuple[Any, ...]) -> str:
+    """The inputs in words, such as `2x3x224x224` or `backbone 2x3x800x1333`."""
+    shapes = " ".join("x".join(map(str, each.shape)) for each in inputs if isinstance(each, Tensor))
+    return f"{subject.body} {shapes}".strip()

@@ -1,0 +1,481 @@
+"""find_pairs: which batch norms of a graph can be fused into the convolution before them. Reads only.
+
+One small predicate per reason to refuse, in the order in which a user would ask.
+"""
+
+import inspect
+import operator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from convbn_fx import _torch, functional, kinds
+from convbn_fx.functional.arithmetic import output_channels
+from convbn_fx.fx.pairs import Match
+from convbn_fx.kinds import BatchNormKind, ConvolutionKind
+from convbn_fx.operands import BatchNorm, Convolution
+from convbn_fx.report import Pair, Refusal, Skip, SkipReason
+
+
+def find_pairs(graph_module: GraphModule, include_training: bool = False) -> tuple[list[Match], list[Skip]]:
+    """Finds the pairs of a graph, and every batch norm that is none.
+
+    Args:
+        graph_module: The graph to read; it is not changed.
+        include_training: Take pairs whose batch norm is in Train mode too (their calls look at the mode).
+
+    Returns:
+        The pairs in graph order, and a `Skip` for every other batch norm that the model holds.
+
+    Example:
+        ```python
+        import torch
+        import convbn_fx
+        from convbn_fx.fx.matching import find_pairs
+
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)).eval()
+        matches, skips = find_pairs(convbn_fx.symbolic_trace(model))
+        assert [(match.pair.convolution, match.pair.batch_norm) for match in matches] == [("0", "1")]
+        assert skips == []
+        ```
+    """
+    matches, skips = find_pairs_in(graph_module.graph, graph_module, include_training)
+    return matches, skips + _out_of_sight(graph_module)
+
+
+def find_pairs_in(
+    graph: Graph, root: nn.Module, include_training: bool = False
+) -> tuple[list[Match], list[Skip]]:
+    """As `find_pairs`, of a graph alone.
+
+    Args:
+        graph: The graph to read.
+        root: What the targets of its nodes are qualified names in.
+        include_training: As there.
+
+    Returns:
+        The pairs in graph order, and a `Skip` for every other batch norm that the graph calls.
+    """
+    matches: list[Match] = []
+    skips: list[Skip] = []
+    for node in graph.nodes:
+        name = _batch_norm_name(node, root)
+        if name is None:
+            continue
+        try:
+            matches.append(_match(node, name, root, include_training))
+        except Refusal as refusal:
+            skips.append(Skip(name, refusal.reason, refusal.detail))
+    return matches, skips
+
+
+# --- The batch norm ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _BatchNormCall:
+    """A batch norm's call in the normal form that modules and functions share."""
+
+    kind: BatchNormKind
+    input: Any
+    operands: Any  # qualified module name or BatchNorm of nodes
+    mode_is_constant: bool
+
+
+def _batch_norm_name(node: Node, root: nn.Module) -> str | None:
+    if node.op == "call_module" and kinds.resembles_batch_norm(_module_of(node, root)):
+        return str(node.target)
+    if node.op == "call_function" and node.target in kinds.BATCH_NORM_FUNCTIONS:
+        return node.name
+    return None
+
+
+def _match(node: Node, name: str, root: nn.Module, include_training: bool) -> Match:
+    batch_norm = (
+        _batch_norm_module_call(node, _module_of(node, root), include_training)
+        if node.op == "call_module"
+        else _batch_norm_function_call(node)
+    )
+    convolution_node = batch_norm.input
+    if not isinstance(convolution_node, Node):
+        raise Refusal(SkipReason.NOT_AFTER_CONVOLUTION)
+    convolution = _convolution_call(convolution_node, root)
+    _check_channels(convolution, batch_norm, root)
+    position = _position(convolution_node, node, batch_norm)
+    for between in _nodes_between(convolution_node, node):
+        if _may_change_tensors(between, root):
+            raise Refusal(SkipReason.MODIFIED_IN_BETWEEN, between.name)
+    return Match(
+        Pair(
+            convolution.name,
+            name,
+            convolution.kind.name,
+            batch_norm.kind.name,
+            batch_norm.mode_is_constant,
+            hooks_note(
+                _module_of(each, root) for each in (convolution_node, node) if each.op == "call_module"
+            ),
+        ),
+        convolution_node,
+        node,
+        _output_node(node, batch_norm.kind),
+        position,
+        convolution.operands,
+        batch_norm.operands,
+        convolution.args,
+        convolution.kwargs,
+    )
+
+
+def _batch_norm_module_call(node: Node, module: nn.Module, include_training: bool) -> _BatchNormCall:
+    if isinstance(module, LazyModuleMixin):
+        raise Refusal(SkipReason.UNINITIALIZED, type(module).__name__)
+    kind = kinds.batch_norm_kind(module)
+    if module.training and not include_training and not (kind is not None and kind.always_frozen):
+        raise Refusal(SkipReason.TRAINING_MODE)
+    if kind is None:
+        raise Refusal(SkipReason.UNKNOWN_BATCH_NORM, type(module).__name__)
+    if not kind.has_statistics(module):
+        raise Refusal(SkipReason.NO_RUNNING_STATISTICS)
+    match node.args, node.kwargs:
+        case ((input,), {**rest}) if not rest:
+            return _BatchNormCall(kind, input, node.target, False)
+        case ((), {"input": input, **rest}) | ((), {"x": input, **rest}) if not rest:
+            return _BatchNormCall(kind, input, node.target, False)
+    raise Refusal(SkipReason.UNUSUAL_CALL, node.format_node() or node.name)
+
+
+def _batch_norm_function_call(node: Node) -> _BatchNormCall:
+    kind = kinds.BATCH_NORM_FUNCTIONS[node.target]
+    try:
+        input, training, operands = kind.operands(*node.args, **node.kwargs)
+    except TypeError as error:
+        raise Refusal(SkipReason.UNUSUAL_CALL, str(error)) from error
+    if training is True:
+        raise Refusal(SkipReason.TRAINING_MODE, "a constant of the graph")
+    if training is not False:
+        raise Refusal(SkipReason.UNUSUAL_CALL, f"training={training}")
+    if operands.running_mean is None or operands.running_var is None:
+        raise Refusal(SkipReason.NO_RUNNING_STATISTICS)
+    return _BatchNormCall(kind, input, operands, True)
+
+
+def _output_node(node: Node, kind: BatchNormKind) -> Node:
+    if kind.output_index is None:
+        return node
+    used = [user for user in node.users if user.users or user.target is not operator.getitem]
+    if len(used) == 1 and used[0].args == (node, kind.output_index):
+        return used[0]
+    raise Refusal(SkipReason.BATCH_NORM_OUTPUTS_USED, ", ".join(user.name for user in used))
+
+
+# --- The convolution ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _ConvolutionCall:
+    """A convolution's call in the normal form that modules and functions share."""
+
+    name: str
+    kind: ConvolutionKind
+    operands: Any  # qualified module name or Convolution of nodes
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def _convolution_call(node: Node, root: nn.Module) -> _ConvolutionCall:
+    if node.op == "call_module":
+        module = _module_of(node, root)
+        if isinstance(module, LazyModuleMixin) and kinds.resembles_convolution(module):
+            raise Refusal(SkipReason.UNINITIALIZED, type(module).__name__)
+        kind = kinds.convolution_kind(module)
+        if kind is not None:
+            return _ConvolutionCall(str(node.target), kind, str(node.target), node.args, dict(node.kwargs))
+        if kinds.resembles_convolution(module):
+            raise Refusal(SkipReason.UNKNOWN_CONVOLUTION, type(module).__name__)
+    if node.op == "call_function" and node.target in kinds.CONVOLUTION_FUNCTIONS:
+        kind = kinds.CONVOLUTION_FUNCTIONS[node.target]
+        try:
+            input, operands = kind.operands(*node.args, **node.kwargs)
+        except TypeError as error:
+            raise Refusal(SkipReason.UNUSUAL_CALL, str(error)) from error
+        return _ConvolutionCall(node.name, kind, operands, (input,), {})
+    raise Refusal(SkipReason.NOT_AFTER_CONVOLUTION, f"of {node.name}")
+
+
+def _check_channels(convolution: _ConvolutionCall, batch_norm: _BatchNormCall, root: nn.Module) -> None:
+    detail = f"{batch_norm.kind.name} after {convolution.kind.name}"
+    rank = convolution.kind.batched_rank
+    if rank is not None and not batch_norm.kind.accepts(rank):
+        raise Refusal(SkipReason.CHANNELS_DIFFER, detail)
+    outputs, normalised = _output_channels(convolution, root), _normalised_channels(batch_norm, root)
+    if outputs is not None and normalised is not None and outputs != normalised:
+        raise Refusal(SkipReason.CHANNELS_DIFFER, f"{detail}, {normalised} after {outputs} channels")
+
+
+def _output_channels(convolution: _ConvolutionCall, root: nn.Module) -> int | None:
+    """How many channels a convolution has now; None where only a call tells."""
+    operands = convolution.operands
+    if isinstance(operands, str):
+        module: Any = root.get_submodule(operands)
+        weight = module._parameters.get("weight") if _is_read_plainly(convolution.kind) else None
+        operands = Convolution(
+            "", weight, transposed=getattr(module, "transposed", False), groups=getattr(module, "groups", 1)
+        )
+    else:
+        operands = operands._replace(weight=_constant(operands.weight, root))
+    is_known = isinstance(operands.weight, torch.Tensor) and operands.weight.ndim > 1
+    is_known = is_known and isinstance(operands.transposed, bool) and isinstance(operands.groups, int)
+    return output_channels(operands) if is_known else None
+
+
+def _normalised_channels(batch_norm: _BatchNormCall, root: nn.Module) -> int | None:
+    operands = batch_norm.operands
+    if isinstance(operands, BatchNorm):
+        mean = _constant(operands.running_mean, root)
+    elif _is_read_plainly(batch_norm.kind):
+        mean = root.get_submodule(operands)._buffers.get("running_mean")
+    else:
+        mean = None
+    return mean.shape[0] if isinstance(mean, torch.Tensor) and mean.ndim == 1 else None
+
+
+def _is_read_plainly(kind: ConvolutionKind | BatchNormKind) -> bool:
+    """Whether a call of the module reads what its dictionaries of parameters and buffers hold."""
+    return bool(kind.reads) and not kind.by_attribute
+
+
+def _constant(value: Any, root: nn.Module) -> Any:
+    """What a `get_attr` names; None for what is computed."""
+    if not (isinstance(value, Node) and value.op == "get_attr"):
+        return None
+    *path, name = str(value.target).split(".")
+    owner: Any = root
+    for part in path:
+        owner = owner._modules.get(part) if isinstance(owner, nn.Module) else None
+    return owner._parameters.get(name, owner._buffers.get(name)) if isinstance(owner, nn.Module) else None
+
+
+def _position(convolution_node: Node, batch_norm_node: Node, batch_norm: _BatchNormCall) -> Node:
+    """Where the fused call goes, if nothing but the batch norm needs the convolution's own output.
+
+    It takes the convolution's place, so that nothing changes places with the convolution, its parameters or its random
+    numbers. The batch norm moves up to it, for which its operands must be known there.
+    The output's shape is that of the normalised output, and most often its dtype, so whoever reads them can read them
+    there.
+
+    Raises:
+        Refusal: Something else needs it.
+    """
+    readers = set(convolution_node.users) - {batch_norm_node}
+    promotes = batch_norm.kind.promotes
+    others = [
+        user.name for user in readers if not reads_metadata(user) or (promotes and "dtype" in user.args)
+    ]
+    if others:
+        raise Refusal(SkipReason.CONVOLUTION_OUTPUT_USED_ELSEWHERE, f"by {', '.join(sorted(others))}")
+    operands = batch_norm.operands if isinstance(batch_norm.operands, BatchNorm) else ()
+    # What the batch norm must not move over: where its operands are computed, and where the module is called itself,
+    # which may be in Train mode by then.
+    obstacles = [
+        node
+        for node in _nodes_between(convolution_node, batch_norm_node)
+        if (node in operands and node.op != "get_attr")
+        or (node.op in ("call_module", "get_attr") and node.target == batch_norm.operands)
+    ]
+    if not obstacles:
+        return convolution_node
+    if any(reader < batch_norm_node for reader in readers):
+        detail = f"by {min(readers).name}, before {obstacles[-1].name}"
+        raise Refusal(SkipReason.CONVOLUTION_OUTPUT_USED_ELSEWHERE, detail)
+    return batch_norm_node
+
+
+def reads_metadata(node: Node) -> bool:
+    """Whether a node reads of a tensor what is known without its values."""
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] in ("ndim", "shape", "dtype", "device", "is_cuda")
+    return node.op == "call_method" and node.target in (
+        "dim",
+        "ndimension",
+        "size",
+        "numel",
+        "is_floating_point",
+    )
+
+
+# --- What happens in between -------------------------------------------------------------------------------------
+
+
+def _nodes_between(first: Node, last: Node) -> Iterator[Node]:
+    node = first.next
+    while node is not last:
+        yield node
+        node = node.next
+
+
+# Functions of these modules do what their documentation says; a function of the user's own may do anything.
+_KNOWN_MODULES: Final = frozenset(
+    {
+        "torch",
+        "torch.functional",
+        "torch.nn.functional",
+        "torch._C._nn",
+        "torch._C._special",
+        "torch._C._linalg",
+        "math",
+        "_operator",
+    }
+)
+_PURE_BUILTINS: Final = frozenset(
+    {getattr, len, min, max, sum, abs, round, int, float, bool, tuple, list, slice}
+)
+_IN_PLACE_OPERATORS: Final = frozenset(
+    name
+    for name in vars(operator)
+    if name.startswith("i") and hasattr(operator, f"__{name}__") and name not in ("index", "inv", "invert")
+) | {"setitem", "delitem"}
+
+
+# These write to running statistics, whatever their names and schemas say.
+_UPDATES_STATISTICS: Final = frozenset(
+    {
+        "instance_norm",
+        "batch_norm_update_stats",
+        "batch_norm_gather_stats",
+        "batch_norm_gather_stats_with_counts",
+    }
+)
+
+
+def _may_change_tensors(node: Node, root: nn.Module) -> bool:
+    """Whether the node may write to a tensor that a convolution or a batch norm reads. Errs on the side of yes."""
+    if node.op in ("placeholder", "get_attr", "output") or _is_number(node):
+        return False
+    if node.op == "call_module":
+        return not _is_pure(_module_of(node, root))
+    if node.kwargs.get("out") is not None:
+        return True
+    if node.op == "call_method":
+        return not hasattr(torch.Tensor, str(node.target)) or _is_in_place(str(node.target), "torch")
+    target: Any = node.target
+    if isinstance(target, _torch.OpOverload):
+        return bool(target._schema.is_mutable) or target._opname in _UPDATES_STATISTICS
+    if target is functional.conv_batch_norm:
+        operands = [arg for arg in node.args[:2] if isinstance(arg, Node) and arg.op == "get_attr"]
+        return not all(_is_pure(root.get_submodule(str(operand.target))) for operand in operands)
+    if target in kinds.BATCH_NORM_FUNCTIONS:
+        _, training, _ = kinds.BATCH_NORM_FUNCTIONS[target].operands(*node.args, **node.kwargs)
+        return training is not False
+    if getattr(target, "__module__", None) in _KNOWN_MODULES:
+        return (
+            _is_in_place(target.__name__, target.__module__)
+            or target.__name__ in _UPDATES_STATISTICS
+            or _asks_for_in_place(node)
+        )
+    return target not in _PURE_BUILTINS
+
+
+def _is_number(value: Any) -> bool:
+    """Whether the value is computed from shapes and constants alone, by operators: then it is no tensor."""
+    if not isinstance(value, Node):
+        return isinstance(value, (int, float, str, type(None)))  # a tuple may hold a tensor
+    if reads_metadata(value):
+        return True
+    of_operator = getattr(value.target, "__module__", None) in ("_operator", "math")
+    return of_operator and not value.kwargs and all(_is_number(arg) for arg in value.args)
+
+
+def _is_in_place(name: str, module: str) -> bool:
+    """By PyTorch's convention, and Python's list of in-place operators."""
+    if module == "_operator" or name.startswith("__"):
+        return name.strip("_") in _IN_PLACE_OPERATORS
+    return name.endswith("_")
+
+
+def _asks_for_in_place(node: Node) -> bool:
+    target: Any = node.target
+    try:
+        arguments = inspect.signature(target).bind(*node.args, **node.kwargs).arguments
+    except (TypeError, ValueError):  # a builtin without a signature: the in-place ones have names that say so
+        arguments = node.kwargs
+    # An embedding with max_norm renormalises its weight.
+    return arguments.get("inplace", False) is not False or arguments.get("max_norm") is not None
+
+
+def _is_pure(module: nn.Module) -> bool:
+    """Whether calling the module leaves every tensor as it was: known classes, not in place, no tracked statistics."""
+    return all(
+        (
+            type(part).__module__.startswith("torch.nn.modules.")
+            or kinds.convolution_kind(part) is not None
+            or kinds.batch_norm_kind(part) is not None
+        )
+        and "forward" not in vars(part)
+        and not kinds.has_hooks(part)
+        and not getattr(part, "inplace", False)
+        and getattr(part, "max_norm", None) is None
+        and not (part.training and getattr(part, "running_mean", None) is not None)
+        for part in module.modules()
+    )
+
+
+# --- What the report adds ----------------------------------------------------------------------------------------
+
+
+def _module_of(node: Node, root: nn.Module) -> nn.Module:
+    return root.get_submodule(str(node.target))
+
+
+def hooks_note(modules: Iterable[nn.Module]) -> str:
+    """What a report notes of a pair of these modules, if they have hooks now."""
+    return "runs unfused while it has hooks" if any(map(kinds.has_hooks, modules)) else ""
+
+
+def _out_of_sight(graph_module: GraphModule) -> list[Skip]:
+    """Skips for the Eval-mode batch norms that no node of the graph calls."""
+    referred = [
+        str(node.target) for node in graph_module.graph.nodes if node.op in ("call_module", "get_attr")
+    ]
+    called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
+    seen = {id(graph_module.get_submodule(name)) for name in called}
+    seen |= {id(module) for name in referred for module in _owners(name, graph_module)}
+    skips = []
+    for name, module in graph_module.named_modules():
+        if not kinds.resembles_batch_norm(module) or module.training:
+            continue
+        if id(module) in seen:
+            # Tracing has walked through it.
+            if name not in called and kinds.multiplies_and_adds(module) and not kinds.batch_norm_kind(module):
+                skips.append(Skip(name, SkipReason.UNKNOWN_BATCH_NORM, type(module).__name__))
+            continue
+        prefixes = [name[:end] for end, letter in enumerate(name) if letter == "."]
+        if any(isinstance(graph_module.get_submodule(prefix), GraphModule) for prefix in prefixes):
+            continue  # that graph has a report of its own
+        leaf = next((prefix for prefix in prefixes if prefix in called), None)
+        if leaf is None:
+            skips.append(Skip(name, SkipReason.NOT_CALLED))
+        else:
+            skips.append(
+                Skip(
+                    name,
+                    SkipReason.INSIDE_LEAF_MODULE,
+                    f"{leaf}: {type(graph_module.get_submodule(leaf)).__name__}",
+                )
+            )
+    return skips
+
+
+def _owners(target: str, graph_module: GraphModule) -> list[nn.Module]:
+    """The module that a get_attr names, or the one whose parameter or buffer it names."""
+    owner: Any = graph_module
+    *path, last = target.split(".")
+    for name in path:
+        owner = getattr(owner, name, None)
+    named = getattr(owner, last, None)
+    return [module for module in (owner, named) if isinstance(module, nn.Module)]

@@ -1,0 +1,153 @@
+"""What a forward does besides computing its output, while it is traced: left out, or undone."""
+
+import copy
+import random
+import sys
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convbn_fx._torch import TorchDispatchMode, pytree
+
+
+class WritesNothing(TorchDispatchMode):
+    """Leaves out what would write to a tensor that was not made in it, and draws random numbers of its own.
+
+    Both hold for the thread that enters it alone.
+
+    Attributes:
+        has_drawn: Whether random numbers were drawn.
+        has_written: Whether something was to be written to a tensor that there was already when tracing began.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.has_drawn = self.has_written = False
+        self.before = frozenset[int]()  # those of `made` that are copies of the model's
+        self.made: dict[int, Any] = {}  # storages, kept so that no other gets the address of one of them
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        written = _written(func, args, kwargs)
+        keys = {key for key, _ in _storages(written)}
+        self.has_written |= not keys <= self.made.keys() - self.before
+        if not keys <= self.made.keys():
+            returned = len(func._schema.returns)
+            return written[0] if returned == 1 else tuple(written) if returned else None
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.has_drawn = True
+            func, kwargs = _with_a_generator(func, args, kwargs)
+        given = dict(_storages((args, kwargs)))
+        result = func(*args, **kwargs)
+        self.made |= {key: storage for key, storage in _storages(result) if key not in given}
+        return result
+
+    def tracing_begins(self) -> None:
+        """Tells what was made up to now from what a forward makes."""
+        self.before, self.has_written = frozenset(self.made), False
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments of an operator that it writes to."""
+    if not func._schema.is_mutable:
+        return []
+    given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
+    given |= kwargs
+    return [
+        given[argument.name]
+        for argument in func._schema.arguments
+        if argument.alias_info is not None and argument.alias_info.is_write and argument.name in given
+    ]
+
+
+def _storages(values: Any) -> Iterator[tuple[int, Any]]:
+    for tensor in pytree.tree_leaves(values):
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided:
+            storage = tensor.untyped_storage()
+            yield storage._cdata, storage
+
+
+def _with_a_generator(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The operator that draws from a generator of its own, where there is one: the usual one is the whole process's."""
+    devices = [tensor.device for tensor in pytree.tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]
+    device = torch.device(kwargs.get("device") or next(iter(devices), "cpu"))
+    if device.type == "meta":
+        return func, kwargs
+    for name in (func._overloadname, f"{func._overloadname}_generator", "generator"):
+        overload = getattr(func.overloadpacket, name, None)
+        if overload is not None and "generator" in {argument.name for argument in overload._schema.arguments}:
+            return overload, {**kwargs, "generator": torch.Generator(device)}
+    return func, kwargs
+
+
+@contextmanager
+def random_state_as_found() -> Iterator[None]:
+    """Puts back Python's and NumPy's generators, if something was drawn from them, and PyTorch's, if it was seeded."""
+    state = random.getstate()
+    seed, torch_state = torch.initial_seed(), torch.get_rng_state()
+    numpy: Any = sys.modules.get("numpy")  # if the forward draws from it, it is imported
+    numpy_state: Any = None if numpy is None else numpy.random.get_state()
+    try:
+        yield
+    finally:
+        if random.getstate() != state:
+            random.setstate(state)
+        if torch.initial_seed() != seed:  # what else changes it is another thread
+            torch.set_rng_state(torch_state)
+        if numpy is not None and not all(map(numpy.array_equal, numpy.random.get_state(), numpy_state)):
+            numpy.random.set_state(numpy_state)
+
+
+def _is_a_helper(value: Any) -> bool:
+    """Whether a value is an object that may keep what a forward gives it."""
+    return hasattr(value, "__dict__") and not isinstance(value, (nn.Module, Tensor, type, ModuleType))
+
+
+@contextmanager
+def attributes_as_found(
+    modules: Iterable[nn.Module], may_change: Callable[[Any], bool] = lambda _: True
+) -> Iterator[None]:
+    """Undoes what changes in the attributes of modules and of objects they hold, and in containers that are attributes.
+
+    Only what has changed is touched, and in place: handles of hooks refer to the very containers.
+
+    Args:
+        modules: The modules.
+        may_change: Whether somebody may write to a container.
+    """
+    containers: list[tuple[Any, bool]] = [(vars(module), True) for module in modules]
+    known = {id(container) for container, _ in containers}
+    for container, is_of_module in containers:  # those that are found inside are looked into as well
+        for value in list(container.values() if isinstance(container, dict) else container):
+            if type(value) in weakref.ProxyTypes:
+                continue  # they pass for what they refer to, and raise where it is gone
+            inside, inside_is_of_module = value, is_of_module
+            if not isinstance(value, (dict, list, set, deque)):
+                if not is_of_module or not _is_a_helper(value):
+                    continue  # objects that an object holds are left alone
+                inside, inside_is_of_module = vars(value), False
+            if id(inside) not in known:
+                known.add(id(inside))
+                containers.append((inside, inside_is_of_module))
+    found = [(container, copy.copy(container)) for container, _ in containers if may_change(container)]
+    try:
+        yield
+    finally:
+        for container, content in found:
+            if _identities(container) != _identities(content):
+                container.clear()
+                (container.extend if isinstance(container, (list, deque)) else container.update)(content)
+
+
+def _identities(container: Any) -> Any:
+    if isinstance(container, dict):
+        return [(key, id(value)) for key, value in container.items()]
+    return sorted(map(id, container)) if isinstance(container, set) else list(map(id, container))

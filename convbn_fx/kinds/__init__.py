@@ -1,0 +1,39 @@
+"""Knows what is a convolution and what a batch norm, and how to read one call of either into its operands.
+
+Must not know what is done with them: nothing behind this folder needs to know which spelling a model used.
+"""
+
+from convbn_fx.kinds.classes import (
+    TUNED_FROM,
+    batch_norm_kind,
+    class_of,
+    convolution_kind,
+    frozen_kind,
+    has_hooks,
+    may_hold_batch_norm,
+    multiplies_and_adds,
+    resembles_batch_norm,
+    resembles_convolution,
+)
+from convbn_fx.kinds.functions import BATCH_NORM_FUNCTIONS, CONVOLUTION_FUNCTIONS
+from convbn_fx.kinds.registration import register_batch_norm, register_conv
+from convbn_fx.kinds.rows import BatchNormKind, ConvolutionKind
+
+__all__ = [
+    "BATCH_NORM_FUNCTIONS",
+    "CONVOLUTION_FUNCTIONS",
+    "TUNED_FROM",
+    "BatchNormKind",
+    "ConvolutionKind",
+    "batch_norm_kind",
+    "class_of",
+    "convolution_kind",
+    "frozen_kind",
+    "has_hooks",
+    "may_hold_batch_norm",
+    "multiplies_and_adds",
+    "register_batch_norm",
+    "register_conv",
+    "resembles_batch_norm",
+    "resembles_convolution",
+]

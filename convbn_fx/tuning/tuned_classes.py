@@ -1,0 +1,232 @@
+"""The parts that modules play in pairs: generated subclasses, which keep the name, methods and state of the original.
+
+A convolution that may wait, a batch norm that takes what waits, and the owner of the forward that runs both. Which
+convolution may wait when is decided in [`deferral`][convbn_fx.tuning.deferred].
+"""
+
+import functools
+import inspect
+import types
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Final
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from convbn_fx import kinds
+from convbn_fx.fx.copying import derived
+from convbn_fx.tuning.deferred import Scope, Uncounted, defer, materialized, running, waiting_in
+from convbn_fx.tuning.function_pairs import while_running
+
+#: Attributes of tuned modules, in their `__dict__`.
+PAIRING: Final = "_convbn_fx_pairing"
+SCOPE: Final = "_convbn_fx_scope"
+FUNCTION_CALLS: Final = "_convbn_fx_function_calls"
+REPORT: Final = "_convbn_fx_report"
+STAYS_IN_EVAL_MODE: Final = "_convbn_fx_stays_in_eval_mode"
+
+
+def _convolution_forward(cls: type[nn.Module], name: str) -> Callable[..., Any]:
+    @functools.wraps(getattr(cls, name))
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        original = getattr(cls, name)
+        if torch.compiler.is_compiling():
+            return original(self, *args, **kwargs)
+        if running.counter is not None:
+            running.counter.number += 1  # as if it called one function, whatever it does
+            with Uncounted():
+                return forward(self, *args, **kwargs)
+        args, kwargs = materialized(args), materialized(kwargs) if kwargs else kwargs
+        pairing = vars(self).get(PAIRING)
+        if pairing is None or (len(args) == 1 and not kwargs and pairing.are_cheaper_apart(self, *args)):
+            return original(self, *args, **kwargs)
+        kind = kinds.convolution_kind(self)
+        if kind is not None and pairing.allows():
+            return defer(*kind.operands(self, *args, **kwargs), pairing)
+        return original(self, *args, **kwargs)
+
+    return forward
+
+
+def _batch_norm_forward(cls: type[nn.Module], name: str) -> Callable[..., Any]:
+    @functools.wraps(getattr(cls, name))
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        original = getattr(cls, name)
+        if torch.compiler.is_compiling():
+            return original(self, *args, **kwargs)
+        if running.counter is not None:
+            with Uncounted():
+                return forward(self, *args, **kwargs)
+        for value in (*args, *kwargs.values()):
+            waiting = waiting_in(value)
+            if waiting is not None and (normalised := waiting.normalized_by(self)) is not None:
+                return normalised
+        return original(self, *materialized(args), **materialized(kwargs))
+
+    return forward
+
+
+def _owning_method(cls: type[nn.Module], name: str) -> Callable[..., Any]:
+    @functools.wraps(getattr(cls, name))
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        original = getattr(cls, name)
+        # What is known of the pairs is known of the modules, not of their replicas (nn.DataParallel).
+        if "_is_replica" in vars(self) or torch.compiler.is_compiling():
+            return original(self, *args, **kwargs)
+        scope = vars(self).get(SCOPE)
+        with while_running(self, vars(self).get(FUNCTION_CALLS), name):
+            if scope is None:
+                return original(self, *args, **kwargs)
+            with scope.opened():
+                return materialized(original(self, *args, **kwargs), scope)
+
+    return method
+
+
+def _train(cls: type[nn.Module], name: str) -> Callable[..., Any]:
+    @functools.wraps(getattr(cls, name))
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        returned = getattr(cls, name)(self, *args, **kwargs)
+        if STAYS_IN_EVAL_MODE in vars(self):
+            self.training = False
+        return returned
+
+    return train
+
+
+def _reset_running_stats(cls: type[nn.Module], name: str) -> Callable[..., Any]:
+    @functools.wraps(getattr(cls, name))
+    def reset_running_stats(self: Any) -> Any:
+        if STAYS_IN_EVAL_MODE in vars(self):
+            raise RuntimeError(
+                "reset_running_stats: norm_eval=True keeps this batch norm in Eval mode, and no data would fill its "
+                "statistics again. Update those of convbn_fx.untune(model), which has the same tensors: "
+                "torch.optim.swa_utils.update_bn(loader, convbn_fx.untune(model))"
+            )
+        return getattr(cls, name)(self)
+
+    return reset_running_stats
+
+
+def _refuse_scripting(self: nn.Module) -> nn.Module:
+    raise TypeError(
+        f"torch.jit.script: {type(self).__name__} is part of a model that convbn_fx.tune returned, and no forward of "
+        "it is TorchScript. Script convbn_fx.untune(model), which has the same tensors, or convbn_fx.deploy(model)"
+    )
+
+
+#: Each makes of a class's method what takes its place; the method is looked up at each call, since classes are patched.
+_REPLACEMENTS: Final[dict[str, Callable[[type[nn.Module], str], Callable[..., Any]]]] = {
+    "convolution": _convolution_forward,
+    "batch_norm": _batch_norm_forward,
+    "owner": _owning_method,
+}
+
+
+def give_role(module: nn.Module, role: str, methods: frozenset[str] = frozenset({"forward"})) -> None:
+    """Makes a module play a role in a pair, by giving it a generated subclass of its class.
+
+    Args:
+        module: The module. If it plays the role already, the methods are added.
+        role: `convolution`, `batch_norm` or `owner`; the last also for a module that calls functions of pairs, or is
+            called between such functions.
+        methods: For an owner, names of the methods that run both members of a pair.
+    """
+    cls = type(module)
+    if parametrize.is_parametrized(module):
+        # PyTorch made this class for this one module, and finds the class before it as its only base.
+        module.__class__ = remade(cls, _with_role(cls.__bases__[0], role, methods))
+    else:
+        module.__class__ = _with_role(cls, role, methods)
+
+
+def remade(cls: type[nn.Module], *bases: type[nn.Module], without: tuple[str, ...] = ()) -> type[nn.Module]:
+    """A class with the body of `cls`, but for some names, and with other bases."""
+    kept = vars(cls).keys() - {"__dict__", "__weakref__", *without}
+    body = {name: vars(cls)[name] for name in kept}
+    return types.new_class(cls.__name__, bases, exec_body=lambda namespace: namespace.update(body))
+
+
+def _with_role(cls: type[nn.Module], role: str, methods: frozenset[str]) -> type[nn.Module]:
+    if kinds.TUNED_FROM in vars(cls):
+        methods |= vars(cls)[_METHODS]
+        cls = vars(cls)[kinds.TUNED_FROM]
+    return _tuned_class(cls, role, frozenset(name for name in methods if _is_replaceable(cls, name)))
+
+
+def _is_replaceable(cls: type, name: str) -> bool:
+    return isinstance(inspect.getattr_static(cls, name, None), types.FunctionType) and not name.startswith(
+        "__"
+    )
+
+
+_METHODS: Final = "_convbn_fx_methods"
+
+
+# A class that is defined in a function is as short-lived as its models.
+_tuned_classes: Final = weakref.WeakValueDictionary[
+    tuple[type[nn.Module], str, frozenset[str]], type[nn.Module]
+]()
+
+
+def _tuned_class(cls: type[nn.Module], role: str, methods: frozenset[str]) -> type[nn.Module]:
+    known = _tuned_classes.get((cls, role, methods))
+    if known is not None:
+        return known
+    body: dict[str, Any] = {name: _REPLACEMENTS[role](cls, name) for name in methods}
+    body |= {"train": _train(cls, "train"), "__prepare_scriptable__": _refuse_scripting}
+    if role == "batch_norm" and hasattr(cls, "reset_running_stats"):
+        body["reset_running_stats"] = _reset_running_stats(cls, "reset_running_stats")
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        function, args, *state = super(tuned, self).__reduce_ex__(max(protocol, 2))
+        if args[:1] != (tuned,):  # the class has a way of its own, which does not know of this one
+            return function, args, *state
+        return _restored, (cls, role, methods, *args[1:]), *state
+
+    body |= {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    body |= {"__reduce_ex__": reduce, kinds.TUNED_FROM: cls, _METHODS: methods}
+    tuned = derived(cls, body)
+    return _tuned_classes.setdefault((cls, role, methods), tuned)
+
+
+def _restored(cls: type[nn.Module], role: str, methods: frozenset[str], *args: Any) -> nn.Module:
+    """Makes the module that unpickling and copying then give its state."""
+    tuned = _tuned_class(cls, role, methods)
+    return tuned.__new__(tuned, *args)
+
+
+class ScopeHooks:
+    """Opens and closes a scope around the calls of a GraphModule, which writes its own forward anew at will."""
+
+    def __init__(self, scope: Scope) -> None:
+        self.scope = scope
+        self.calls: list[AbstractContextManager[None]] = []
+
+    def enter(self, *_: Any) -> None:
+        """A pre-forward hook."""
+        self.calls.append(self.scope.opened())
+        self.calls[-1].__enter__()
+
+    def leave(self, *call: Any) -> Any:
+        """A forward hook that is always called."""
+        try:
+            return materialized(call[-1], self.scope)
+        finally:
+            self.calls.pop().__exit__(None, None, None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles and copies with no call under way."""
+        return ScopeHooks, (self.scope,)
+
+    @staticmethod
+    def removed_from(module: nn.Module) -> None:
+        """Takes such hooks off a module."""
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "__self__", None), ScopeHooks):
+                    del hooks[key]
+                    module._forward_hooks_always_called.pop(key, None)

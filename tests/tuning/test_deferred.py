@@ -1,0 +1,359 @@
+"""What stands for a convolution's output: its shape, its gradients, and how long it keeps what it needs for them."""
+
+import weakref
+
+import pytest
+import torch
+from models import FUSED_NODE, Functional, Pair, data, prepared, reasons, tuned_with
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from tree_parts import Swish
+
+from convbn_fx.testing import assert_equivalent
+from convbn_fx.tuning import deferred as deferral
+
+X = data(2, 3, 6, 6)
+
+
+class DoubleInPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.mark_dirty(x)
+        return x.mul_(2)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 2
+
+
+class Tangent(torch.autograd.Function):
+    """Knows forward-mode AD."""
+
+    @staticmethod
+    def forward(x):
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0].cos()
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return tangent * ctx.saved_tensors[0].cos()
+
+
+class Unforeseen(Pair):
+    """Does with the convolution's output, on a path that no exploration sees, what `reader` does."""
+
+    def __init__(self, reader):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 3, 1)
+        self.reader = reader
+        self.flag = False
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.conv(x)
+        if self.flag:
+            return self.reader(self, y) + x.sum()
+        return self.norm(y)
+
+
+def both(reader):
+    """A model and the same tuned, both on the path that was not foreseen."""
+    torch.manual_seed(0)
+    model = prepared(Unforeseen(reader))
+    tuned = tuned_with(model, 1)
+    model.flag = tuned.flag = True
+    return model, tuned
+
+
+READERS = {
+    "function": lambda m, y: Swish.apply(y),
+    "function, then the norm": lambda m, y: Swish.apply(y) + m.norm(y),
+    "the norm of what a function returns": lambda m, y: m.norm(Swish.apply(y)),
+    "vmap": lambda m, y: torch.vmap(lambda z: z * z.sum())(y),
+    "in place, then a function": lambda m, y: Swish.apply(y.mul_(2)),
+    "of a view": lambda m, y: Swish.apply(y[:, 1:]),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_gradients_of_gradients_past_python(reader):
+    model, tuned = both(READERS[reader])
+    parameters = [[*net.stem.parameters(), *net.conv.parameters()] for net in (model, tuned)]
+    outcomes = []
+    for net, wanted in zip((model, tuned), parameters, strict=True):
+        x = X.clone().requires_grad_()
+        gradients = torch.autograd.grad(net(x).sin().sum(), [x, *wanted], create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in gradients), [x, *wanted])
+        outcomes.append([*gradients, *second])
+    torch.testing.assert_close(*outcomes)
+
+
+def test_a_gradient_of_something_upstream_alone():
+    model, tuned = both(READERS["function"])
+    expected, actual = (torch.autograd.grad(net(X).sum(), net.stem.weight)[0] for net in (model, tuned))
+    torch.testing.assert_close(actual, expected)
+
+
+def test_hooks_on_a_parameter_are_called_once():
+    model, tuned = both(READERS["function"])
+    tuned.conv.weight.register_hook(lambda gradient: 2 * gradient)
+    assert_equivalent(model, tuned, X)
+    assert model.conv.weight is tuned.conv.weight
+
+
+#: These raise where they are not computed.
+IN_PLACE = {
+    "function": lambda m, y: DoubleInPlace.apply(y),
+    "function, then the norm": lambda m, y: m.norm(DoubleInPlace.apply(y)),
+    "function, then a read": lambda m, y: (DoubleInPlace.apply(y), y.sin())[1],
+    "after a function": lambda m, y: (Swish.apply(y), y.mul_(2))[0],
+    "before a function": lambda m, y: (y.mul_(2), Swish.apply(y))[1],
+    "of what a function returns": lambda m, y: Swish.apply(y).mul_(2) + y,
+    "under vmap": lambda m, y: (torch.vmap(lambda z: z.mul_(2))(y), m.norm(y))[1],
+}
+
+
+@pytest.mark.parametrize("change", IN_PLACE)
+def test_changes_in_place_past_python_are_right_or_an_error(change):
+    model, tuned = both(IN_PLACE[change])
+    outcomes = []
+    for net in (model, tuned):
+        net.zero_grad()
+        try:
+            output = net(X)
+            output.sin().sum().backward()
+        except RuntimeError:
+            outcomes.append(None)
+        else:
+            parameters = [*net.stem.parameters(), *net.conv.parameters()]
+            outcomes.append([output.detach(), *(p.grad.clone() for p in parameters)])
+    if None not in outcomes:
+        torch.testing.assert_close(*outcomes)
+    assert outcomes[1] is None or outcomes[0] is not None
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # PyTorch's own use
+def test_forward_mode_past_python():
+    model, tuned = both(lambda m, y: Tangent.apply(y))
+    outcomes = [torch.func.jvp(net, (X,), (torch.ones_like(X),)) for net in (model, tuned)]
+    torch.testing.assert_close(*outcomes)
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap])
+def test_past_python_in_a_transform_is_right_or_an_error(transform):
+    model, tuned = both(lambda m, y: torch.ops.aten.alias(y.as_subclass(torch.Tensor)).sin())
+    x = X if transform is torch.func.grad else torch.stack([X, X])
+    expected = transform(lambda x: model(x).sum())(x)
+    try:
+        actual = transform(lambda x: tuned(x).sum())(x)
+    except RuntimeError:
+        return
+    torch.testing.assert_close(actual, expected)
+
+
+def test_read_in_inference_mode_before_the_norm():
+    def reader(m, y):
+        with torch.inference_mode():
+            float(y.mean())
+        return m.norm(y)
+
+    assert_equivalent(*both(reader), X)
+
+
+# --- What is known before it is computed -------------------------------------------------------------------------
+
+METADATA = {
+    "shape": lambda y: y.shape,
+    "size": lambda y: y.size(),
+    "a size": lambda y: y.size(dim=1),
+    "ndim": lambda y: (y.ndim, y.dim(), y.ndimension()),
+    "numel": lambda y: (y.numel(), y.nelement(), torch.numel(y)),
+    "len": len,
+    "dtype": lambda y: (y.dtype, y.is_floating_point(), torch.is_floating_point(y)),
+    "device": lambda y: (y.device, y.is_cuda),
+    "requires_grad": lambda y: y.requires_grad,
+}
+
+
+def convolved(m, x):
+    return F.conv2d(x, m.weight, m.bias)
+
+
+def one_norm(m, x):
+    return m.norm(m.read(m.conv(x)))
+
+
+def several_norms(m, x):
+    y = m.read(m.conv(x))
+    return m.norm(y) if x.sum() > 0 else m.other(y)
+
+
+def functions(m, x):
+    return m.normalize(m.read(convolved(m, x)))
+
+
+class Reading(Functional):
+    """Reads something of every convolution's output, foreseen or not."""
+
+    def __init__(self, function, read):
+        super().__init__(function, (4, 3, 3, 3), 4)
+        self.conv, self.norm, self.other = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.what, self.seen, self.reads = read, [], False
+
+    def read(self, y):
+        if self.reads:
+            self.seen.append(self.what(y))
+        return y
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize("function", [one_norm, several_norms, functions], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("read", METADATA)
+def test_metadata_never_computes_the_convolution(read, function, mode, monkeypatch):
+    torch.manual_seed(0)
+    model = prepared(Reading(function, METADATA[read]))
+    tuned = tuned_with(model, 2 if function is several_norms else 1)
+    model.reads = tuned.reads = True
+    computed = []
+    original = deferral.convolution
+    monkeypatch.setattr(deferral, "convolution", lambda *args: computed.append(args) or original(*args))
+    with mode():
+        x = X.abs()
+        torch.testing.assert_close(tuned(x), model(x))
+    assert tuned.seen == model.seen
+    assert computed == []
+
+
+@pytest.mark.parametrize("function", [one_norm, several_norms, functions], ids=lambda f: f.__name__)
+def test_a_pair_whose_convolution_s_shape_is_read_is_fused(function):
+    model = prepared(Reading(lambda m, x: function(m, x) * m.factor, lambda y: None))
+    model.read = lambda y: (setattr(model, "factor", y.shape[-1] + y.size(1)), y)[1]
+    tuned = tuned_with(model, 2 if function is several_norms else 1)
+    assert_equivalent(model, tuned, X)
+
+
+# --- One convolution a call --------------------------------------------------------------------------------------
+
+
+def computed_by(tuned, x, monkeypatch):
+    """How many convolutions' own outputs the model computes in both passes."""
+    computed = []
+    original = deferral.convolution
+    monkeypatch.setattr(deferral, "convolution", lambda *args: computed.append(args) or original(*args))
+    tuned(x).sum().backward()
+    return len(computed)
+
+
+class Regions(Pair):
+    """Its batch norm, and perhaps all of it, in a region of its own."""
+
+    def __init__(self, inner, outer):
+        super().__init__()
+        self.inner, self.outer = inner, outer
+        self.conv2 = nn.Conv2d(4, 4, 3)
+
+    def activated(self, y):
+        return self.norm(y).relu()
+
+    def body(self, x):
+        return self.conv2(self.inner(self.activated, self.conv(x)))
+
+    def forward(self, x):
+        return self.outer(self.body, x)
+
+
+def called(function, y):
+    return function(y)
+
+
+def checkpointed(function, y):
+    return checkpoint(function, y, use_reentrant=False)
+
+
+def offloaded(function, y):
+    with torch.autograd.graph.save_on_cpu():
+        return function(y)
+
+
+def lower_precision(function, y):
+    with torch.autocast("cpu", torch.bfloat16):
+        return function(y)
+
+
+@pytest.mark.parametrize("outer", [called, checkpointed], ids=lambda region: region.__name__)
+@pytest.mark.parametrize(
+    "inner", [checkpointed, offloaded, lower_precision], ids=lambda region: region.__name__
+)
+def test_a_batch_norm_in_a_region_of_its_own(inner, outer, monkeypatch):
+    model = prepared(Regions(inner, outer), torch.float32)
+    tuned = tuned_with(model, 0)
+    assert reasons(tuned) == {"norm": "CONTEXTS_DIFFER"}
+    assert_equivalent(model, tuned, X.float())
+    assert computed_by(tuned, X.float(), monkeypatch) == 0
+
+
+@pytest.mark.parametrize(
+    "outer", [checkpointed, offloaded, lower_precision], ids=lambda region: region.__name__
+)
+def test_a_pair_in_one_region(outer, monkeypatch):
+    model = prepared(Regions(called, outer), torch.float32)
+    tuned = tuned_with(model, 1)
+    assert_equivalent(model, tuned, X.float(), rtol=3e-2 if outer is lower_precision else 1e-5)
+    assert computed_by(tuned, X.float(), monkeypatch) == 0
+
+
+# --- How long it lives -------------------------------------------------------------------------------------------
+
+
+def nodes_behind(tensor):
+    """The names of all nodes of a tensor's history."""
+    seen, pending = set(), [tensor.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            pending += [following for following, _ in node.next_functions]
+    return {node.name() for node in seen}
+
+
+def test_nothing_of_the_stand_in_is_in_the_history_of_a_pair():
+    tuned = tuned_with(prepared(Pair()), 1)
+    assert nodes_behind(tuned(X)) == {FUSED_NODE, "torch::autograd::AccumulateGrad"}
+
+
+def test_a_name_that_keeps_an_output_keeps_no_larger_input():
+    alive = []
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(8, 2, 1), nn.BatchNorm2d(2)
+            self.conv2, self.norm2 = nn.Conv2d(2, 8, 1), nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            x = x.sin()
+            input = weakref.ref(x)
+            y = self.conv(x)
+            del x
+            z = self.norm(y)
+            w = self.conv2(z)
+            alive.append(input() is not None)
+            return self.norm2(w)
+
+    model = prepared(Named())
+    x = data(2, 8, 6, 6)
+    tuned = tuned_with(model, 2)
+    alive.clear()
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(tuned(x), model(x))
+    assert alive == [False] * 6
