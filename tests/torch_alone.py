@@ -12,7 +12,8 @@ def left_out() -> list[str]:
     """The files that cannot run here for want of a library; none where torchvision is: then all are to be there."""
     if find_spec("torchvision") is not None:
         return []
-    return sorted(path.name for path in TESTS.glob("test_*.py") if _lacks_something(path))
+    found = (path for path in TESTS.rglob("test_*.py") if _lacks_something(path))
+    return sorted(path.relative_to(TESTS).as_posix() for path in found)
 
 
 def _lacks_something(path: Path) -> bool:

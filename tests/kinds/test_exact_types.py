@@ -466,7 +466,7 @@ class NormFrozenByProperty(nn.BatchNorm2d):
 OWN_WAYS = {
     "property": (Doubled, nn.BatchNorm2d, 1, 1),
     "__getattr__": (HiddenByGetattr, nn.BatchNorm2d, 1, 1),
-    "__getattribute__": (HiddenByGetattribute, nn.BatchNorm2d, 1, 0),
+    "__getattribute__": (HiddenByGetattribute, nn.BatchNorm2d, 1, 1),
     "__call__": (CalledTwice, nn.BatchNorm2d, 0, 0),
     "norm's __getattr__": (nn.Conv2d, DoubledNorm, 1, 1),
     "norm's class attributes": (nn.Conv2d, NormOfConstants, 1, 1),

@@ -15,6 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.nn.parameter import is_lazy
 
 from convbn_fx import kinds
 from convbn_fx.fx.matching import find_pairs_in, reads_metadata
@@ -247,7 +248,7 @@ def _in_one_memory(tensors: Iterable[Tensor]) -> dict[int, list[Tensor]]:
     groups = {id(tensor): [tensor] for tensor in tensors}
     places: list[tuple[int, int, int, int]] = []
     for (tensor,) in groups.values():
-        if tensor.layout is torch.strided and tensor.numel():
+        if tensor.layout is torch.strided and not is_lazy(tensor) and tensor.numel():
             size, begin = tensor.element_size(), int(tensor.storage_offset())
             lengths = zip(tensor.shape, tensor.stride(), strict=True)
             end = begin + 1 + sum((length - 1) * stride for length, stride in lengths)
