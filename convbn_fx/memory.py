@@ -13,11 +13,11 @@ What hooks cannot see is not counted: tensors that a custom function keeps on ``
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any
-from weakref import WeakSet
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from convbn_fx._torch import FakeCopyMode, FakeTensor, FakeTensorMode, pytree
 
 __all__ = ["saved_bytes"]
+
+T = TypeVar("T")
 
 
 def saved_bytes(
@@ -67,12 +69,14 @@ def saved_bytes(
     keywords = dict(kwargs or {})
     if not fake:
         with _buffers_and_random_state_kept(model):
-            return _count(model, inputs, keywords)
-    mode = FakeTensorMode()
-    with FakeCopyMode(mode):
-        model, inputs, keywords = copy.deepcopy((model, inputs, keywords))
-    with mode:
-        return _count(model, inputs, keywords)
+            saved = saved_storages(model, inputs, keywords)
+    else:
+        mode = FakeTensorMode()
+        with FakeCopyMode(mode):
+            model, inputs, keywords = copy.deepcopy((model, inputs, keywords))
+        with mode:
+            saved = saved_storages(model, inputs, keywords)
+    return sum(saved.get(None, {}).values())
 
 
 class _Packed:
@@ -87,28 +91,48 @@ class _Packed:
         return self.tensor
 
 
-def _count(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+def saved_storages(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    saved_by: Callable[[], T | None] = lambda: None,
+) -> dict[T | None, dict[int, int]]:
+    """What [`saved_bytes`][convbn_fx.memory.saved_bytes] counts, storage by storage; nothing is left as found.
+
+    Args:
+        model: what is called.
+        inputs: its positional arguments.
+        kwargs: its keyword arguments.
+        saved_by: asked who is running, whenever a tensor is saved.
+
+    Returns:
+        For each answer of `saved_by`, the sizes of the storages in bytes, by their addresses.
+    """
     copies: dict[int, Tensor] = {}  # a tensor that is passed twice stays one tensor
 
     def copied(tensor: Tensor) -> Tensor:  # not a leaf, so that the model may change it in place
         fresh = tensor.detach().requires_grad_(tensor.requires_grad).clone()
         return copies.setdefault(id(tensor), fresh)
 
-    alive: WeakSet[_Packed] = WeakSet()
+    alive: WeakKeyDictionary[_Packed, T | None] = WeakKeyDictionary()
 
     def pack(tensor: Tensor) -> _Packed:
         packed = _Packed(tensor)
-        alive.add(packed)
+        alive[packed] = saved_by()
         return packed
 
     inputs, kwargs = pytree.tree_map_only(Tensor, copied, (inputs, kwargs))
     own = [tensor.untyped_storage() for tensor in chain(model.parameters(), model.buffers())]
     with torch.autograd.graph.saved_tensors_hooks(pack, _Packed.unpack):
         outputs = model(*inputs, **kwargs)
-    saved = [packed.tensor.untyped_storage() for packed in alive]
+    kept = [(who, packed.tensor.untyped_storage()) for packed, who in alive.items()]
     del outputs  # only now: it holds the graph, which holds what was packed
-    sizes = {storage._cdata: storage.nbytes() for storage in saved}
-    return sum(sizes.values()) - sum(sizes.get(key, 0) for key in {storage._cdata for storage in own})
+    uncounted = {storage._cdata for storage in own}
+    saved: dict[T | None, dict[int, int]] = {}
+    for who, storage in kept:
+        if storage._cdata not in uncounted:
+            saved.setdefault(who, {})[storage._cdata] = storage.nbytes()
+    return saved
 
 
 @contextmanager

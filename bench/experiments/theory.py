@@ -23,7 +23,6 @@ from typing import Any, Final, NamedTuple
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.fx import GraphModule
 
 import convbn_fx
 from bench.harness.contenders import DEPLOY, EVAL, TUNE, make
@@ -32,7 +31,6 @@ from bench.harness.markdown import NOTHING, megabytes, table
 from bench.harness.models import MODELS
 from bench.harness.results import Options, Result
 from bench.harness.steps import count, images, times
-from convbn_fx.cli.report.pair_bytes import Call, Recorder, saved_alone
 from convbn_fx.functional import conv_batch_norm
 from convbn_fx.functional.cost_rule import Form, cheapest_form
 from convbn_fx.report import Pair
@@ -76,32 +74,54 @@ def _rows(name: str, shape: Sequence[int], seconds: float, device: str) -> Itera
     torch.manual_seed(0)
     model = randomize_batchnorms(MODELS[name]().eval(), seed=0)
     variants = make(model, MODES)
-    pairs = {pair: _members(model, pair) for pair in convbn_fx.report(variants[TUNE]).fused}
-    recorder = Recorder()
-    with recorder.watching(list(pairs.values())):
-        totals = {EVAL: count(model, shape)}
-    totals |= {mode: count(variants[mode], shape) for mode in (TUNE, DEPLOY)}
-    kept = {mode: keeping(graph, shape, pairs) for mode, graph in _graphs(model).items()}
+    pairs = convbn_fx.report(variants[TUNE]).fused
+    calls = _calls(model, shape, pairs)
+    pairs = sorted(pairs, key=list(calls).index)
+    kept = {mode: keeping(variants[mode], shape, pairs) for mode in MODES}
 
     of_pairs = []
-    for pair, (conv, norm) in sorted(pairs.items(), key=lambda item: recorder.place_of(*item[1])):
-        (call,) = recorder.calls_of(conv, norm)  # each of these models' pairs runs once
-        row = _row_of_pair(name, pair.convolution, (conv, norm), call, device)
-        row["shared"] = {mode: kept[mode].shared[pair.convolution] for mode in MODES}
-        row["seconds"] = times(_steps(conv, norm, call, device), seconds, device)
+    for place, pair in enumerate(pairs):
+        conv, norm = model.get_submodule(pair.convolution), model.get_submodule(pair.batch_norm)
+        row = _row_of_pair(name, pair.convolution, conv, calls[pair], device)
+        row["measured"] = {mode: kept[mode].alone[place] for mode in MODES}
+        row["shared"] = {mode: kept[mode].shared[place] for mode in MODES}
+        row["seconds"] = times(_steps(conv, norm, calls[pair], device), seconds, device)
         of_pairs.append(row)
     yield from of_pairs
     yield _row(
         model=name,
         predicted=_sums(row["predicted"] for row in of_pairs),
-        measured=totals,
+        measured={mode: count(variants[mode], shape) for mode in MODES},
         shared=_sums(row["shared"] for row in of_pairs),
         others={mode: kept[mode].others for mode in MODES},
     )
 
 
-def _members(model: nn.Module, pair: Pair) -> tuple[nn.Module, nn.Module]:
-    return model.get_submodule(pair.convolution), model.get_submodule(pair.batch_norm)
+class Call(NamedTuple):
+    """What a convolution is called with, and what comes out.
+
+    Attributes:
+        shape: Of its input.
+        requires_grad: Whether that wants a gradient.
+        output: The output's shape.
+    """
+
+    shape: torch.Size
+    requires_grad: bool
+    output: torch.Size
+
+
+def _calls(model: nn.Module, shape: Sequence[int], pairs: Iterable[Pair]) -> dict[Pair, Call]:
+    """The call of each pair's convolution, in their order; each of these models' pairs runs once."""
+    model, calls = copy.deepcopy(model).to("meta"), dict[Pair, Call]()
+    for pair in pairs:
+
+        def noted(_: nn.Module, args: tuple[Tensor], output: Tensor, pair: Pair = pair) -> None:
+            calls[pair] = Call(args[0].shape, args[0].requires_grad, output.shape)
+
+        model.get_submodule(pair.convolution).register_forward_hook(noted)
+    model(torch.empty(tuple(shape), device="meta"))
+    return calls
 
 
 def _row(**values: Any) -> dict[str, Any]:
@@ -134,28 +154,20 @@ def _sums(by_mode: Iterable[Mapping[str, int]]) -> dict[str, int]:
 # --- Predicted from shapes ----------------------------------------------------------------------------------------
 
 
-def _row_of_pair(
-    model: str, pair: str, members: tuple[nn.Module, nn.Module], call: Call, device: str
-) -> dict[str, Any]:
-    conv, norm = members
-    (spec,) = call.args
+def _row_of_pair(model: str, pair: str, conv: nn.Module, call: Call, device: str) -> dict[str, Any]:
     weight: Any = conv.weight
-    output = copy.deepcopy(conv).to("meta")(torch.empty(spec.shape, device="meta"))
-    sizes = Sizes(*(shape.numel() * weight.itemsize for shape in (spec.shape, weight.shape, output.shape)))
-    saved = saved_alone(conv, norm, [call])
-    if saved is None:
-        raise ValueError(f"theory: {pair} and its batch norm are no pair by themselves")
-    form = cheapest_form(weight.numel(), output.numel(), device, gamma_trains=True)
+    sizes = Sizes(*(shape.numel() * weight.itemsize for shape in (call.shape, weight.shape, call.output)))
+    form, counted_form = (
+        cheapest_form(weight.numel(), call.output.numel(), kind, gamma_trains=True)
+        for kind in (device, "cpu")
+    )
     return _row(
         model=model,
         pair=pair,
         form=form.name.lower(),
-        shapes={"input": [*spec.shape], "weight": [*weight.shape], "output": [*output.shape]},
-        predicted=predicted_bytes(
-            sizes, cheapest_form(weight.numel(), output.numel(), "cpu", gamma_trains=True)
-        ),
-        measured=dict(zip(MODES, (saved.eval, saved.tune, saved.deploy), strict=True)),
-        traffic=predicted_traffic(sizes, form, conv.bias is not None, spec.requires_grad),
+        shapes={"input": [*call.shape], "weight": [*weight.shape], "output": [*call.output]},
+        predicted=predicted_bytes(sizes, counted_form),
+        traffic=predicted_traffic(sizes, form, conv.bias is not None, call.requires_grad),
     )
 
 
@@ -194,27 +206,18 @@ def predicted_traffic(sizes: Sizes, form: Form, has_bias: bool, input_wants_grad
     return in_eval_mode - in_tune_mode
 
 
-def _graphs(model: nn.Module) -> dict[str, GraphModule]:
-    """The model's graph in each mode."""
-    graph = convbn_fx.symbolic_trace(model)
-    # Our tracer would leave blocks whole that hold no batch norm any more.
-    deployed = torch.fx.symbolic_trace(convbn_fx.deploy(model))
-    return {EVAL: graph, TUNE: convbn_fx.transform(graph), DEPLOY: deployed}
-
-
 # --- Timed alone --------------------------------------------------------------------------------------------------
 
 
 def _steps(conv: nn.Module, norm: nn.Module, call: Call, device: str) -> dict[str, Callable[[], object]]:
     """A forward and backward pass of one pair: its two modules, and what a rewritten graph calls."""
-    (spec,) = call.args
     conv, norm = copy.deepcopy((conv, norm))
     for module in (conv, norm):
         module.to(device).to(memory_format=torch.channels_last)
-    batch = images(spec.shape, device).requires_grad_(spec.requires_grad)
+    batch = images(call.shape, device).requires_grad_(call.requires_grad)
     with torch.no_grad():
         gradient = images(norm(conv(batch)).shape, device)
-    inputs = [*conv.parameters(), *norm.parameters(), *([batch] if spec.requires_grad else [])]
+    inputs = [*conv.parameters(), *norm.parameters(), *([batch] if call.requires_grad else [])]
 
     def step(forward: Callable[[], Tensor]) -> Callable[[], object]:
         # Not a sum's gradient, whose elements lie in one place and would have to be spread out first.

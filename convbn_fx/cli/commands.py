@@ -94,7 +94,7 @@ def report(
     Exits with 1 if --check finds a difference, with 2 if there is no such model.
     """
     with _failures_explained():
-        for picture, formats in ((plot, plotting.FORMATS), (graph, drawing.FORMATS)):
+        for picture, formats in ((plot, plotting.PICTURE_FORMATS), (graph, drawing.GRAPH_FORMATS)):
             if picture is not None and picture.suffix.lower() not in formats:
                 raise Unusable(
                     f"no picture can be written as {picture.name}; the formats are {', '.join(formats)}"

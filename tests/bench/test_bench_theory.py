@@ -91,7 +91,7 @@ def test_what_two_pairs_share_counts_once():
     size = 2 * 4 * 16 * 16 * 4
     for variant, saved in ((graph, 3), (tuned, 1)):
         kept = keeping(variant, (2, 4, 16, 16), convbn_fx.report(tuned).fused)
-        assert sorted(kept.shared.values()) == [0, size]
+        assert sorted(kept.shared) == [0, size]
         assert kept.others == 2 * size  # the image, which `first` saves, and the sigmoid's output
         assert count(variant, (2, 4, 16, 16)) == (saved + 2) * size
 
@@ -123,7 +123,7 @@ def test_both_steps_of_a_pair_compute_the_same_gradients(monkeypatch):
     conv = nn.Conv2d(3, 4, 3).double()
     norm = randomize_batchnorms(nn.BatchNorm2d(4)).double().eval()
     monkeypatch.setattr(theory, "images", lambda shape, device: torch.randn(shape, dtype=torch.float64))
-    spec = theory.Call.of((torch.empty(2, 3, 32, 32, requires_grad=True),), {})
+    spec = theory.Call(torch.Size((2, 3, 32, 32)), requires_grad=True, output=torch.Size((2, 4, 30, 30)))
     in_eval_mode, in_tune_mode = (step() for step in theory._steps(conv, norm, spec, "cpu").values())
     assert len(in_eval_mode) == 5
     torch.testing.assert_close(in_tune_mode, in_eval_mode, rtol=1e-10, atol=1e-10)

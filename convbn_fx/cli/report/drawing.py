@@ -15,7 +15,7 @@ class CannotDraw(RuntimeError):
 
 
 #: The first is text, and needs no Graphviz.
-FORMATS: Final = (".dot", ".png", ".svg", ".pdf")
+GRAPH_FORMATS: Final = (".dot", ".png", ".svg", ".pdf")
 
 
 def draw(model: nn.Module, path: str | Path) -> tuple[Path, Path]:
@@ -35,8 +35,8 @@ def draw(model: nn.Module, path: str | Path) -> tuple[Path, Path]:
         Exception: What [`symbolic_trace`][convbn_fx.symbolic_trace] raises.
     """
     path = Path(path)
-    if path.suffix.lower() not in FORMATS:
-        raise ValueError(f"draw: cannot write {path.name}; the formats are {', '.join(FORMATS)}")
+    if path.suffix.lower() not in GRAPH_FORMATS:
+        raise ValueError(f"draw: cannot write {path.name}; the formats are {', '.join(GRAPH_FORMATS)}")
     before = symbolic_trace(model)
     return _drawn(before, path, "before"), _drawn(transform(before), path, "after")
 

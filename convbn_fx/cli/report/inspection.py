@@ -3,15 +3,11 @@
 Everything is counted on fake tensors, so that any batch and any size of images fits on a laptop.
 """
 
-import math
-import random
-import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from convbn_fx._torch import pytree
@@ -23,11 +19,11 @@ from convbn_fx.cli.report.coefficients import (
     coefficients_of,
     float16_range_of,
 )
-from convbn_fx.cli.report.pair_bytes import Members, Recorder, SavedBytes, saved_alone
+from convbn_fx.cli.report.pair_bytes import SavedBytes, storages_by_module
 from convbn_fx.cli.zoo.results import in_one_line
+from convbn_fx.fx.side_effects import random_state_as_found
 from convbn_fx.kinds import batch_norm_kind, convolution_kind
 from convbn_fx.kinds.modes import selected
-from convbn_fx.memory import saved_bytes
 from convbn_fx.report import Pair, Report, Skip, without_wrappers
 from convbn_fx.tuning.cloning import clone
 
@@ -38,9 +34,9 @@ class PairInspection:
 
     Attributes:
         pair: Its record in the report.
-        calls: How often it runs with these inputs, as far as that is known.
-        saved: What it keeps by itself, added up over its calls (see [`pair_bytes`][convbn_fx.cli.report.pair_bytes]);
-            None where it is not two modules, or is not called with these inputs.
+        calls: How often its batch norm is called with these inputs, as far as that is known.
+        saved: What it keeps and no pair before it; None where it is not two modules, or is not called with these
+            inputs.
         coefficients: Of its batch norm; None where that is a function.
         float16: How its folded parameters lie in float16's range; None where it is not two modules.
     """
@@ -98,6 +94,15 @@ class Inspection:
         return Coefficients(tuple(value for each in by_norm.values() for value in each.values))
 
     @property
+    def others(self) -> SavedBytes | None:
+        """What is kept outside of the pairs: with theirs it adds up to `saved`."""
+        if self.saved is None:
+            return None
+        rows = [row.saved.to_json() for row in self.pairs if row.saved is not None]
+        total = self.saved.to_json()
+        return SavedBytes(**{mode: total[mode] - sum(row[mode] for row in rows) for mode in total})
+
+    @property
     def warnings(self) -> list[tuple[Pair, str]]:
         """The pairs that Deploy mode puts at risk in float16, and why."""
         return [(row.pair, row.float16.warning) for row in self.pairs if row.float16 and row.float16.warning]
@@ -120,8 +125,8 @@ class Inspection:
         }
 
 
-def _bytes_to_json(saved: SavedBytes | None) -> dict[str, int | None]:
-    return dict.fromkeys(("eval", "tune", "deploy")) if saved is None else {**saved.to_json()}
+def _bytes_to_json(saved: SavedBytes | None) -> dict[str, Any]:
+    return dict.fromkeys(("eval", "tune", "deploy")) if saved is None else saved.to_json()
 
 
 def _skip_to_json(skip: Skip) -> dict[str, str]:
@@ -159,25 +164,51 @@ def inspect_model(model: nn.Module, inputs: tuple[Any, ...], *, body: str = "") 
     original, (tuned, deployed) = clone(model), tuned_and_deployed(model)
     result = report(tuned)
     members = _members(original, result.fused)
-    recorder = Recorder()
+    names = {name for pair in members for name in (pair.convolution, pair.batch_norm)}
+    calls: Counter[str] = Counter()
+    for name in {pair.batch_norm for pair in members}:
+        original.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
+    saved: list[dict[str | None, dict[int, int]]] = []
     note = ""
-    saved = None
-    with _random_state_kept():
+    with random_state_as_found():
         try:
-            with recorder.watching(members.values()):
-                in_eval_mode = _saved(original, body, inputs)
-            saved = SavedBytes(in_eval_mode, _saved(tuned, body, inputs), _saved(deployed, body, inputs))
+            saved = [
+                storages_by_module(variant, inputs, names, body=body)
+                for variant in (original, tuned, deployed)
+            ]
         except Exception as error:  # noqa: BLE001 - a forward may raise anything where values are missing
             note = in_one_line(error)
-            recorder.calls.clear()
-        pairs = [
-            _inspected(pair, members.get(pair), recorder)
-            for pair in sorted(result.fused, key=lambda pair: _place(members.get(pair), recorder))
-        ]
-    return Inspection(type(model).__name__, _described(inputs), body, result, saved, note, pairs)
+            calls.clear()
+    places = {name: place for place, name in enumerate(calls)}
+    fused = sorted(result.fused, key=lambda pair: places.get(pair.batch_norm, len(places)))
+    sizes = [_sizes(each, fused) for each in saved]
+    rows = []
+    for pair in fused:
+        if pair not in members:
+            rows.append(PairInspection(pair))
+            continue
+        conv, norm = members[pair]
+        count = calls[pair.batch_norm]
+        kept = SavedBytes(*(each[pair] for each in sizes)) if count else None
+        rows.append(PairInspection(pair, count, kept, coefficients_of(norm), float16_range_of(conv, norm)))
+    total = None if note else SavedBytes(*(each[None] for each in sizes))
+    return Inspection(type(model).__name__, _described(inputs), body, result, total, note, rows)
 
 
-def _members(model: nn.Module, pairs: Iterable[Pair]) -> dict[Pair, Members]:
+def _sizes(saved: Mapping[str | None, dict[int, int]], pairs: Iterable[Pair]) -> dict[Pair | None, int]:
+    """The bytes that each pair keeps and no pair before it; for None, those of the whole model."""
+    sizes: dict[Pair | None, int] = {}
+    seen: dict[int, int] = {}
+    for pair in pairs:
+        before = sum(seen.values())
+        seen |= saved.get(pair.convolution, {}) | saved.get(pair.batch_norm, {})
+        sizes[pair] = sum(seen.values()) - before
+    for each in saved.values():
+        seen |= each
+    return sizes | {None: sum(seen.values())}
+
+
+def _members(model: nn.Module, pairs: Iterable[Pair]) -> dict[Pair, tuple[nn.Module, nn.Module]]:
     """The modules of each pair that consists of modules."""
     modules = {without_wrappers(name): module for name, module in model.named_modules(remove_duplicate=False)}
     members = {}
@@ -196,39 +227,7 @@ def _members(model: nn.Module, pairs: Iterable[Pair]) -> dict[Pair, Members]:
     return members
 
 
-def _inspected(pair: Pair, members: Members | None, recorder: Recorder) -> PairInspection:
-    if members is None:
-        return PairInspection(pair)
-    conv, norm = members
-    calls = recorder.calls_of(conv, norm)
-    return PairInspection(
-        pair, len(calls), saved_alone(conv, norm, calls), coefficients_of(norm), float16_range_of(conv, norm)
-    )
-
-
-def _place(members: Members | None, recorder: Recorder) -> float:
-    return math.inf if members is None else recorder.place_of(*members)
-
-
-def _saved(model: nn.Module, body: str, inputs: tuple[Any, ...]) -> int:
-    return saved_bytes(model.get_submodule(body), *inputs, fake=True)
-
-
 def _described(inputs: tuple[Any, ...]) -> tuple[str, ...]:
     """Such as `float32[2, 3, 224, 224]`, for each tensor."""
     tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     return tuple(f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}" for tensor in tensors)
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Whatever generator a forward draws from: fake tensors spare that of PyTorch alone."""
-    python_state, numpy = random.getstate(), sys.modules.get("numpy")
-    numpy_state = None if numpy is None else numpy.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(python_state)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)

@@ -10,7 +10,7 @@ from typing import Any, Final
 from convbn_fx.cli.report.inspection import Inspection
 from convbn_fx.cli.report.tables import heading, in_unit, share, uncounted, unit_of
 
-FORMATS: Final = (".png", ".svg", ".pdf")
+PICTURE_FORMATS: Final = (".png", ".svg", ".pdf")
 
 # Of Okabe and Ito's palette: apart for every kind of colour vision, on white and on black, and in grey too.
 _EVAL, _TUNE, _NEGATIVE = "#E69F00", "#0072B2", "#CC79A7"
@@ -35,8 +35,8 @@ def plot(inspection: Inspection, path: str | Path) -> None:
         ValueError: The suffix is another one.
     """
     path = Path(path)
-    if path.suffix.lower() not in FORMATS:
-        raise ValueError(f"plot: cannot write {path.name}; the formats are {', '.join(FORMATS)}")
+    if path.suffix.lower() not in PICTURE_FORMATS:
+        raise ValueError(f"plot: cannot write {path.name}; the formats are {', '.join(PICTURE_FORMATS)}")
     with _styled({}):
         metadata = _NO_METADATA if path.suffix.lower() == ".svg" else None
         _figure(inspection, with_heading=True).savefig(path, dpi=150, metadata=metadata)

@@ -36,7 +36,7 @@ class Table(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Refusal:
+class LeftBatchNorms:
     """The batch norms that were left for one reason.
 
     Attributes:
@@ -155,9 +155,12 @@ def _counts(coefficients: Coefficients | None) -> list[str]:
 def remarks(inspection: Inspection) -> list[str]:
     """What is to be known to read the table of pairs, and what it comes to in all."""
     found = []
-    if any(row.saved is not None for row in inspection.pairs):
+    others = inspection.others
+    if others is not None and any(row.saved is not None for row in inspection.pairs):
+        unit = unit_of([others.eval])
         found.append(
-            "The bytes are those of each pair by itself; what several layers keep counts once in the total."
+            f"What several pairs keep counts in the first of them. Other layers keep {in_unit(others.eval, unit)} {unit} "
+            f"besides, {in_unit(others.tune, unit)} {unit} in Tune mode."
         )
     uncounted = sum(row.saved is None for row in inspection.pairs)
     if uncounted and inspection.saved is not None:
@@ -172,11 +175,11 @@ def remarks(inspection: Inspection) -> list[str]:
     return found
 
 
-def refusals(inspection: Inspection) -> list[Refusal]:
+def refusals(inspection: Inspection) -> list[LeftBatchNorms]:
     """The batch norms that were left, by reason, the most frequent first."""
-    found: dict[SkipReason, Refusal] = {}
+    found: dict[SkipReason, LeftBatchNorms] = {}
     for skip in inspection.report.skipped:
-        refusal = found.setdefault(skip.reason, Refusal(skip.reason, {}))
+        refusal = found.setdefault(skip.reason, LeftBatchNorms(skip.reason, {}))
         detail = re.sub(r"_\d+$", "", skip.detail)  # of a node's name, the number says nothing
         refusal.batch_norms.setdefault(detail, []).append(skip.batch_norm)
     return sorted(found.values(), key=lambda refusal: -refusal.count)

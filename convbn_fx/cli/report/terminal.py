@@ -49,7 +49,7 @@ def render(inspection: Inspection) -> RenderableType:
     return Group(*parts)
 
 
-def _refusal(refusal: tables.Refusal) -> list[RenderableType]:
+def _refusal(refusal: tables.LeftBatchNorms) -> list[RenderableType]:
     return [
         Text(f"{refusal.count} left: {refusal.reason.name}", style="bold"),
         _indented(refusal.reason.value),

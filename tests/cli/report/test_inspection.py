@@ -69,12 +69,23 @@ def test_a_network_pair_by_pair(resnet):
     model, inspection = resnet
     sizes = sizes_of_calls(model, torch.zeros(2, 3, 64, 64))
     assert len(inspection.pairs) == 20
+    shared = [
+        f"layer{stage}.0.downsample.0" for stage in (2, 3, 4)
+    ]  # read what the block's first convolution reads
     for row in inspection.pairs:
         ((x, y),) = sizes[row.pair.convolution]
+        x = 0 if row.pair.convolution in shared else x
         weight = model.get_submodule(row.pair.convolution).weight
         in_tune_mode = x if weight.nbytes <= 16 * y else x + y  # an output that small is saved as well
         assert row.saved == SavedBytes(x + y, in_tune_mode, x), row.pair
         assert row.calls == 1
+
+
+def test_rows_and_what_other_layers_keep_add_up_to_the_total(resnet):
+    """What two pairs keep counts in one of them; what is kept outside of pairs is the same in all modes."""
+    others = resnet[1].others
+    assert others.eval == others.tune == others.deploy > 0
+    assert all(min(row.saved.to_json().values()) >= 0 for row in resnet[1].pairs)
 
 
 def test_totals_are_those_of_the_whole_models(resnet):
@@ -158,7 +169,7 @@ def test_calls_are_added_up_and_told_apart():
         for channels, less in ((3, 0), (4, 2))
     )
     assert (head.calls, head.saved) == (3, modes((x, y)))
-    assert (own.calls, own.saved) == (1, modes((X, Y)))
+    assert (own.calls, own.saved) == (1, modes((0, Y)))  # its input is the first level, which the head keeps
 
 
 def test_pairs_come_in_the_order_in_which_they_run():
