@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import joblib
 import typer
 from rich.console import Console
 from typer import Argument, Option
@@ -170,7 +169,7 @@ MaxParamsOption = Annotated[
 ]
 CountedBatchOption = Annotated[int, Option(min=1, help="Images in the batch whose bytes are counted.")]
 SeedOption = Annotated[int, Option(help="Of weights, batch norms and images.")]
-BackendOption = Annotated[Backend, Option(help="What joblib runs the models on.")]
+BackendOption = Annotated[Backend, Option(help="What the models run on: this machine, or a cluster.")]
 AddressOption = Annotated[
     str | None, Option(help="Of a cluster's scheduler; one is started on this machine unless told.")
 ]
@@ -203,7 +202,7 @@ def sweep(
     batch: CountedBatchOption = 2,
     size: SizeOption = None,
     seed: SeedOption = 0,
-    backend: BackendOption = Backend.LOKY,
+    backend: BackendOption = Backend.LOCAL,
     address: AddressOption = None,
     html: HtmlOption = None,
     sum_up: FromOption = None,
@@ -228,13 +227,13 @@ def sweep(
         names = running.part_of(found, shard)
         if not names:
             raise Unusable(f"no model of {', '.join(suites)} matches {match!r} in shard {shard}")
-        if address is not None and backend is Backend.LOKY:
-            raise Unusable("--address is for --backend dask and ray; loky runs on this machine")
+        if address is not None and backend is Backend.LOCAL:
+            raise Unusable("--address is for --backend dask and ray, not for this machine")
         if address is not None and jobs is not None:
             raise Unusable(
                 "--jobs is for this machine; the cluster at --address takes as many as it has threads"
             )
-        jobs = min(jobs or joblib.cpu_count(), len(names))
+        jobs = min(jobs or running.processors(), len(names))
         memory = running.memory_of(memory_limit) if memory_limit else None
         if memory is None and address is None:
             memory = running.memory_share(jobs)
@@ -303,7 +302,7 @@ def _failures_explained() -> Iterator[None]:
             raise
         _give_up(f"{error.filename}: {error.strerror}")
     except ModuleNotFoundError as error:
-        extra = {"distributed": "dask", "ray": "ray"}.get(error.name or "")
+        extra = {"distributed": "dask", "joblib": "dask", "ray": "ray"}.get(error.name or "")
         if extra is None:
             raise
         _give_up(f"{error.name} is not installed: pip install 'convbn-fx[{extra}]'")

@@ -159,8 +159,8 @@ def remarks(inspection: Inspection) -> list[str]:
     if others is not None and any(row.saved is not None for row in inspection.pairs):
         unit = unit_of([others.eval])
         found.append(
-            f"What several pairs keep counts in the first of them. Other layers keep {in_unit(others.eval, unit)} {unit} "
-            f"besides, {in_unit(others.tune, unit)} {unit} in Tune mode."
+            "What several pairs keep counts in the first of them. Other layers keep "
+            f"{in_unit(others.eval, unit)} {unit} besides, {in_unit(others.tune, unit)} {unit} in Tune mode."
         )
     uncounted = sum(row.saved is None for row in inspection.pairs)
     if uncounted and inspection.saved is not None:

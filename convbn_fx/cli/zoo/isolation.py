@@ -24,6 +24,9 @@ from convbn_fx.cli.zoo.results import Status, in_one_line
 #: Seconds between two looks at the clock, and at a running process's memory.
 LOOK_EVERY: Final = 0.3
 
+#: To start a process looks at how all others ended, which can be read only once.
+_ONE_AT_A_TIME: Final = threading.Lock()
+
 
 @dataclass(frozen=True)
 class Ending:
@@ -45,6 +48,7 @@ def call(
     *arguments: Any,
     timeout: float | None = None,
     memory_limit: int | None = None,
+    stop: threading.Event | None = None,
 ) -> Ending:
     """Calls a function in a process of its own; what it prints is lost.
 
@@ -53,6 +57,7 @@ def call(
         *arguments: What it is called with.
         timeout: Seconds after which the process is killed.
         memory_limit: Bytes of resident memory beyond which it is killed, it and its own children together.
+        stop: Once this is set, it is killed, too.
 
     Returns:
         How it ended. An exception that the function raises counts as a crash, and so does a process that cannot be
@@ -62,9 +67,10 @@ def call(
     ours, theirs = multiprocessing.Pipe(duplex=False)
     process: BaseProcess = _context().Process(target=_run, args=(theirs, function, arguments))
     try:
-        process.start()
+        with _ONE_AT_A_TIME:
+            process.start()
         theirs.close()
-        return _watch(process, ours, timeout, memory_limit)
+        return _watch(process, ours, timeout, memory_limit, stop)
     except (OSError, EOFError) as error:
         return Ending(status=Status.CRASH, detail=in_one_line(error))
     finally:
@@ -75,31 +81,13 @@ def call(
 
 @cache
 def _context() -> Any:
-    methods = multiprocessing.get_all_start_methods()
-    if multiprocessing.get_start_method(allow_none=True) not in (None, *methods):
-        # Loky's workers carry a start method of Loky's own, which a new process would look for in vain.
-        multiprocessing.set_start_method(methods[0], force=True)
     # Dask's workers are daemons, which multiprocessing allows no children; but these never outlive their parent.
     multiprocessing.current_process().daemon = False
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    context = multiprocessing.get_context(
+        "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    )
     context.set_forkserver_preload(["convbn_fx.cli.zoo.preloaded"])
     return context
-
-
-@cache
-def end_with(parent: int) -> None:
-    """Ends this process as soon as its parent has ended, however that came about; called again, it does nothing.
-
-    Args:
-        parent: The parent's process identifier.
-    """
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(LOOK_EVERY)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _run(connection: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
@@ -127,20 +115,27 @@ def _end_with_caller(caller: BaseProcess | None) -> None:
 
 
 def _watch(
-    process: BaseProcess, connection: Connection, timeout: float | None, memory_limit: int | None
+    process: BaseProcess,
+    connection: Connection,
+    timeout: float | None,
+    memory_limit: int | None,
+    stop: threading.Event | None,
 ) -> Ending:
     end = time.monotonic() + timeout if timeout is not None else None
     while True:
         wait([connection, process.sentinel], LOOK_EVERY)
-        code = process.exitcode  # read first: what a process that has ended did send is there by then
+        with _ONE_AT_A_TIME:
+            code = process.exitcode  # read first: what a process that has ended did send is there by then
         if connection.poll():
             try:
                 ending: Ending = connection.recv()
                 return ending
             except EOFError:
-                process.join(LOOK_EVERY)
+                wait([process.sentinel], LOOK_EVERY)
         if code is not None:
             return Ending(status=Status.CRASH, detail=_how_it_died(code))
+        if stop is not None and stop.is_set():
+            return Ending(status=Status.CRASH, detail="stopped")
         if memory_limit is not None and (used := _resident(process)) > memory_limit:
             return Ending(
                 status=Status.MEMORY,
@@ -171,5 +166,6 @@ def _end(process: BaseProcess) -> None:
         return
     with contextlib.suppress(ProcessLookupError, PermissionError):  # there is no such group, or not yet
         os.killpg(process.pid, signal.SIGKILL)
-    process.kill()
-    process.join()
+    with _ONE_AT_A_TIME:
+        process.kill()
+        process.join()

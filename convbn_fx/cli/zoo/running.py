@@ -2,9 +2,10 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -134,8 +135,9 @@ def fill(
         All rows of the file.
     """
     if names:
-        with _progress(console, len(names)) as advance:
-            for row in sweep(names, settings, limits, cluster):
+        measured = sweep(names, settings, limits, cluster)
+        with _progress(console, len(names)) as advance, closing(measured):
+            for row in measured:
                 results.append(out, row)
                 advance(row)
     rows = results.read(out)
@@ -204,6 +206,15 @@ def memory_share(jobs: int) -> int:
     with suppress(OSError, ValueError):  # no container, or one without a limit
         total = min(total, int(limit.read_text()))
     return int(0.9 * total / jobs)
+
+
+def processors() -> int:
+    """How many processors the machine, or the container, gives this process."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # no container, or one without a limit
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        count = min(count, max(1, math.ceil(quota / period)))
+    return count
 
 
 _UNITS = {"": 10**9, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}

@@ -1,17 +1,16 @@
-"""Many models measured side by side, through joblib: on this machine, or on a cluster of Dask or Ray."""
+"""Many models measured side by side: on this machine, or through joblib on a cluster of Dask or Ray."""
 
-import os
-import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any, Final
+from functools import partial
+from multiprocessing.pool import ThreadPool
+from threading import Event
+from typing import Final
 
-import joblib
-
-from convbn_fx.cli.zoo.isolation import call, end_with
+from convbn_fx.cli.zoo.isolation import call
 from convbn_fx.cli.zoo.measuring import Settings, measure
 from convbn_fx.cli.zoo.results import Row, Status, in_one_line
 
@@ -20,9 +19,9 @@ PATIENCE: Final = 3
 
 
 class Backend(StrEnum):
-    """What joblib runs the jobs on."""
+    """Where the jobs run."""
 
-    LOKY = "loky"
+    LOCAL = "local"
     DASK = "dask"
     RAY = "ray"
 
@@ -46,12 +45,12 @@ class Cluster:
 
     Attributes:
         jobs: How many at a time; a cluster that is there already takes as many as it has threads.
-        backend: What joblib runs them on.
+        backend: On what.
         address: Of a cluster of Dask or Ray that is there; one is started on this machine by default.
     """
 
     jobs: int = 1
-    backend: Backend = Backend.LOKY
+    backend: Backend = Backend.LOCAL
     address: str | None = None
 
 
@@ -59,7 +58,7 @@ class ClusterError(RuntimeError):
     """A cluster cannot be reached, or its workers break down; the message says which and why."""
 
 
-def sweep(names: Iterable[str], settings: Settings, limits: Limits, cluster: Cluster) -> Iterator[Row]:
+def sweep(names: Iterable[str], settings: Settings, limits: Limits, cluster: Cluster) -> Generator[Row]:
     """Measures models, each in a process of its own.
 
     Whatever happens to a model is a row. Workers that are lost are replaced; the models that they were at are measured
@@ -100,44 +99,35 @@ class _Job:
     settings: Settings
     limits: Limits
 
-    def __call__(self, name: str) -> Row:
+    def __call__(self, name: str, stop: Event | None = None) -> Row:
         began = time.monotonic()
         limits = self.limits
-        ending = call(measure, name, self.settings, timeout=limits.seconds, memory_limit=limits.memory)
+        ending = call(
+            measure, name, self.settings, timeout=limits.seconds, memory_limit=limits.memory, stop=stop
+        )
         row: Row = ending.value
         if ending.status is not Status.PASS:
             row = Row(name=name, status=ending.status, level=self.settings.level, detail=ending.detail)
         return replace(row, seconds=time.monotonic() - began)
 
 
-@dataclass(frozen=True)
-class _OfLoky:
-    """A job in a worker of Loky's, which would outlive a driver that is killed."""
-
-    job: _Job
-    driver: int
-
-    def __call__(self, name: str) -> Row:
-        if os.getpid() != self.driver:  # where a single job runs
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, who ends this process
-            end_with(self.driver)
-        return self.job(name)
-
-
 Runner = Callable[[_Job, Sequence[str]], Iterable[Row]]
 
 
 @contextmanager
-def _loky(cluster: Cluster) -> Iterator[Runner]:
-    def run(job: _Job, names: Sequence[str]) -> Iterator[Row]:
-        here = _OfLoky(job, driver=os.getpid())
-        return _as_they_come(here, names, n_jobs=cluster.jobs, backend="loky")
-
-    yield run
+def _local(cluster: Cluster) -> Iterator[Runner]:
+    """In threads, which wait for the models' own processes."""
+    stop = Event()
+    with ThreadPool(cluster.jobs) as pool:
+        try:
+            yield lambda job, names: pool.imap_unordered(partial(job, stop=stop), names)
+        finally:
+            stop.set()
 
 
 @contextmanager
 def _dask(cluster: Cluster) -> Iterator[Runner]:
+    import joblib
     from distributed import Client
 
     own = {"n_workers": cluster.jobs, "threads_per_worker": 1}
@@ -150,13 +140,15 @@ def _dask(cluster: Cluster) -> Iterator[Runner]:
 
         def run(job: _Job, names: Sequence[str]) -> Iterator[Row]:
             with joblib.parallel_config(backend="dask", client=client):
-                yield from _as_they_come(job, names, n_jobs=-1)
+                parallel = joblib.Parallel(n_jobs=-1, return_as="generator_unordered", batch_size=1)
+                yield from parallel(joblib.delayed(job)(name) for name in names)
 
         yield run
 
 
 @contextmanager
 def _ray(cluster: Cluster) -> Iterator[Runner]:
+    import joblib
     import ray
     from ray.util.joblib import register_ray
 
@@ -181,10 +173,4 @@ def _ray(cluster: Cluster) -> Iterator[Runner]:
         ray.shutdown()
 
 
-_ENGINES = {Backend.LOKY: _loky, Backend.DASK: _dask, Backend.RAY: _ray}
-
-
-def _as_they_come(job: Callable[[str], Row], names: Sequence[str], **options: Any) -> Iterator[Row]:
-    parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1, **options)
-    rows: Iterator[Row] = parallel(joblib.delayed(job)(name) for name in names)
-    return rows
+_ENGINES = {Backend.LOCAL: _local, Backend.DASK: _dask, Backend.RAY: _ray}

@@ -226,7 +226,7 @@ def test_what_a_process_sends_as_it_ends_is_read(monkeypatch):
 
     monkeypatch.setattr(isolation, "wait", lambda *_: [])
     with ours, theirs:
-        assert isolation._watch(Process(), ours, timeout=None, memory_limit=None).value == "sent"
+        assert isolation._watch(Process(), ours, timeout=None, memory_limit=None, stop=None).value == "sent"
 
 
 def test_the_summary(odd):
@@ -269,21 +269,6 @@ def test_a_killed_sweep_loses_no_row_and_is_gone_on_with(slow):
     run(*arguments, "--resume")
     assert_complete(out, SLOW)
     assert set(kept) <= set(finished_lines(out))
-
-
-@pytest.mark.slow
-def test_a_killed_worker_is_replaced(slow):
-    arguments, out = slow
-    process = started(*arguments)
-    until(lambda: len(finished_lines(out)) >= 1)
-    workers = called(family_of(process), "popen_loky_posix")
-    assert len(workers) == 2
-    children = workers[0].children(recursive=True)
-    workers[0].kill()
-    until(lambda: not alive(children))
-    _, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors
-    assert_complete(out, SLOW)
 
 
 @pytest.mark.slow
