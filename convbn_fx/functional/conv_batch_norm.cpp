@@ -8,12 +8,13 @@
 //     dW = scale dW',   db = scale db',   dbeta = db',   dgamma = (<dW', W> + db' (b - mu)) / sqrt(var + eps).
 //
 // There are three forms, chosen by sizes and dtypes: folded, as above; scaled, where the scale stays on the output,
-// because the weight is the larger or in half precision; and apart, the two operations of Eval mode. fused.py is the
+// because the weight is the larger or in half precision; and apart, the two operations of Eval mode. autograd.py is the
 // same in Python, operation by operation. Loops over memory take the place of operations on the CPU where the weights
 // of each output channel lie together.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -37,7 +38,7 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using OptionalTensor = std::optional<Tensor>;
 
-// A weight so many times as large as the output is better left alone, and the output saved: see costs.py.
+// A weight so many times as large as the output is better left alone, and the output saved: see cost_rule.py.
 constexpr double kWeightPerOutput = 16.0;
 
 // A scale on the output has to be divided out of gamma's gradient. Down to this size it is; below, this constant stands
@@ -196,82 +197,124 @@ ALWAYS_INLINE void fold_channel(const T* weight, T scale, T* fused, int64_t size
   }
 }
 
-// Multiplies a channel's gradient by its scale, and returns its product with the weight as it was.
-template <typename T>
+// Returns the product of a channel's gradient and weight, and multiplies the gradient by its scale, if there is one.
+template <bool is_scaled, typename T>
 ALWAYS_INLINE double unfold_channel(T* grad, const T* weight, T scale, int64_t size) {
   constexpr int64_t kLanes = 16;
-  double sums[kLanes] = {};
+  double sum = 0;
   int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      sums[lane] += static_cast<double>(grad[i + lane]) * static_cast<double>(weight[i + lane]);
-      grad[i + lane] *= scale;
+  if (size >= kLanes) {
+    double sums[kLanes] = {};
+    for (; i + kLanes <= size; i += kLanes) {
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        sums[lane] += static_cast<double>(grad[i + lane]) * static_cast<double>(weight[i + lane]);
+        if (is_scaled) {
+          grad[i + lane] *= scale;
+        }
+      }
+    }
+    for (const double lane : sums) {
+      sum += lane;
     }
   }
-  double sum = 0;
   for (; i < size; ++i) {
     sum += static_cast<double>(grad[i]) * static_cast<double>(weight[i]);
-    grad[i] *= scale;
-  }
-  for (const double lane : sums) {
-    sum += lane;
+    if (is_scaled) {
+      grad[i] *= scale;
+    }
   }
   return sum;
 }
 
-FOR_EVERY_PROCESSOR
-void fold_channels(const float* weight, const float* scale, float* fused, int64_t channels, int64_t size) {
+template <typename T>
+ALWAYS_INLINE void all_inverse_deviations(const T* var, double eps, double* inverse, int64_t channels) {
+  for (int64_t channel = 0; channel < channels; ++channel) {
+    inverse[channel] = 1.0 / std::sqrt(static_cast<double>(var[channel]) + eps);
+  }
+}
+
+template <typename T>
+ALWAYS_INLINE void fold_all(const T* weight, const T* scale, T* fused, int64_t channels, int64_t size) {
   for (int64_t channel = 0; channel < channels; ++channel) {
     fold_channel(weight + channel * size, scale[channel], fused + channel * size, size);
   }
 }
 
-FOR_EVERY_PROCESSOR
-void fold_channels(const double* weight, const double* scale, double* fused, int64_t channels, int64_t size) {
+template <typename T>
+ALWAYS_INLINE void unfold_all(
+    T* grad, const T* weight, const T* scale, double* products, int64_t channels, int64_t size) {
   for (int64_t channel = 0; channel < channels; ++channel) {
-    fold_channel(weight + channel * size, scale[channel], fused + channel * size, size);
+    T* const of_channel = grad + channel * size;
+    products[channel] = scale ? unfold_channel<true>(of_channel, weight + channel * size, scale[channel], size)
+                              : unfold_channel<false>(of_channel, weight + channel * size, T(1), size);
   }
 }
 
-FOR_EVERY_PROCESSOR
-void unfold_channels(
-    float* grad, const float* weight, const float* scale, double* products, int64_t channels, int64_t size) {
-  for (int64_t channel = 0; channel < channels; ++channel) {
-    products[channel] = unfold_channel(grad + channel * size, weight + channel * size, scale[channel], size);
+#define LOOPS_OVER(T)                                                                                           \
+  FOR_EVERY_PROCESSOR                                                                                           \
+  void inverse_deviations(const T* var, double eps, double* inverse, int64_t channels) {                        \
+    all_inverse_deviations(var, eps, inverse, channels);                                                        \
+  }                                                                                                             \
+  FOR_EVERY_PROCESSOR                                                                                           \
+  void fold_channels(const T* weight, const T* scale, T* fused, int64_t channels, int64_t size) {               \
+    fold_all(weight, scale, fused, channels, size);                                                             \
+  }                                                                                                             \
+  FOR_EVERY_PROCESSOR                                                                                           \
+  void unfold_channels(                                                                                         \
+      T* grad, const T* weight, const T* scale, double* products, int64_t channels, int64_t size) {             \
+    unfold_all(grad, weight, scale, products, channels, size);                                                  \
   }
-}
 
-FOR_EVERY_PROCESSOR
-void unfold_channels(
-    double* grad, const double* weight, const double* scale, double* products, int64_t channels, int64_t size) {
-  for (int64_t channel = 0; channel < channels; ++channel) {
-    products[channel] = unfold_channel(grad + channel * size, weight + channel * size, scale[channel], size);
-  }
-}
+LOOPS_OVER(float)
+LOOPS_OVER(double)
 
 // So many channels are worth a thread.
 int64_t grain(int64_t size) {
   return std::max<int64_t>(1, at::internal::GRAIN_SIZE / std::max<int64_t>(size, 1));
 }
 
-// A convolution and the batch norm after it, about to become one convolution.
+// A convolution and the batch norm after it, about to become one convolution. The scale is a product of one on the weight
+// and one on the output: where it is folded, that on the output is one; else, that on the weight, unless it is tiny.
 class Folding {
  public:
   Folding(
-      const Geometry& geometry, const Tensor& weight, const OptionalTensor& bias, const BatchNorm& norm, bool recorded)
+      const Geometry& geometry,
+      const Tensor& weight,
+      const OptionalTensor& bias,
+      const BatchNorm& norm,
+      bool recorded,
+      bool is_scaled)
       : geometry_(geometry), weight_(weight), bias_(bias), norm_(norm) {
     in_memory_ = !recorded && weight.defined() && !geometry.transposed && is_contiguous_by_channel() && are_memory();
     if (!in_memory_) {
       inverse_ = norm.inverse_deviation();
       scale_ = norm.scale(inverse_);
     } else if (norm.var.scalar_type() == at::kFloat) {
-      read_scale<float>();
+      read_scale<float>(is_scaled);
     } else {
-      read_scale<double>();
+      read_scale<double>(is_scaled);
     }
   }
 
+  bool in_memory() const {
+    return in_memory_;
+  }
+
+  // The scale on the output, as a vector; where it is in memory, and not folded.
+  Tensor output_scale() const {
+    Tensor scale = at::empty_like(norm_.var);
+    if (scale.scalar_type() == at::kFloat) {
+      std::copy(on_output_.begin(), on_output_.end(), scale.mutable_data_ptr<float>());
+    } else {
+      std::copy(on_output_.begin(), on_output_.end(), scale.mutable_data_ptr<double>());
+    }
+    return scale;
+  }
+
   Tensor weight() const {
+    if (in_memory_ && on_weight_.empty()) {
+      return weight_;
+    }
     if (!in_memory_) {
       return rounded(weight_ * geometry_.along_channels(scale_, weight_.sizes()), weight_.scalar_type());
     }
@@ -308,12 +351,16 @@ class Folding {
     }
     const Tensor inverse = in_memory_ ? norm_.inverse_deviation() : inverse_;
     const Tensor scale = in_memory_ ? norm_.scale(inverse) : scale_;
+    // What of the scale is on the output is in the weight's gradient already.
+    const Tensor output_scale = on_output_.empty() ? Tensor() : this->output_scale();
     if (wants_gamma) {
       const Tensor products = geometry_.products(grad_weight, weight_);
-      found.gamma = norm_.plus_centred(products, grad_shift, bias_) * inverse;
+      found.gamma =
+          norm_.plus_centred(output_scale.defined() ? products / output_scale : products, grad_shift, bias_) * inverse;
     }
     if (wants_weight) {
-      const Tensor factor = geometry_.along_channels(scale, weight_size);
+      const Tensor factor =
+          geometry_.along_channels(output_scale.defined() ? scale / output_scale : scale, weight_size);
       found.weight = recorded ? grad_weight * factor : grad_weight.mul_(factor);
     }
     if (wants_bias) {
@@ -351,27 +398,37 @@ class Folding {
   }
 
   template <typename T>
-  void read_scale() {
+  void read_scale(bool is_scaled) {
     const int64_t channels = weight_.size(0);
-    const T *var = values<T>(norm_.var), *gamma = values<T>(norm_.gamma);
-    scales_.resize(channels);
+    const T* gamma = values<T>(norm_.gamma);
+    inverses_.resize(channels);
+    inverse_deviations(norm_.var.const_data_ptr<T>(), norm_.eps, inverses_.data(), channels);
+    scales_ = inverses_;
+    for (int64_t channel = 0; gamma && channel < channels; ++channel) {
+      scales_[channel] *= gamma[channel];
+    }
+    if (!is_scaled) {
+      on_weight_.assign(scales_.begin(), scales_.end());
+      return;
+    }
+    on_output_ = scales_;
     for (int64_t channel = 0; channel < channels; ++channel) {
-      scales_[channel] = (gamma ? gamma[channel] : 1.0) * inverse_of(var[channel]);
+      if (std::abs(scales_[channel]) < kSmallestDivisor) {
+        on_weight_.resize(channels, 1.0);
+        on_output_[channel] = kSmallestDivisor;
+        on_weight_[channel] = scales_[channel] / kSmallestDivisor;
+      }
     }
   }
 
-  double inverse_of(double variance) const {
-    return 1.0 / std::sqrt(variance + norm_.eps);
-  }
-
   template <typename T>
-  std::vector<T> scales() const {
-    return {scales_.begin(), scales_.end()};
+  std::vector<T> on_weight() const {
+    return {on_weight_.begin(), on_weight_.end()};
   }
 
   template <typename T>
   Tensor fold(const Tensor& fused) const {
-    const std::vector<T> scale = scales<T>();
+    const std::vector<T> scale = on_weight<T>();
     const int64_t channels = weight_.size(0), size = channels ? weight_.numel() / channels : 0;
     const T* from = weight_.const_data_ptr<T>();
     T* to = fused.mutable_data_ptr<T>();
@@ -396,7 +453,7 @@ class Folding {
   template <typename T>
   Gradients unfold(
       const Tensor& grad_weight, const Tensor& grad_shift, bool wants_weight, bool wants_bias, bool wants_gamma) const {
-    const std::vector<T> scale = scales<T>();
+    const std::vector<T> scale = on_weight<T>();
     const int64_t channels = weight_.size(0), size = channels ? weight_.numel() / channels : 0;
     std::vector<double> products(channels);
     T* grad = grad_weight.mutable_data_ptr<T>();
@@ -405,7 +462,7 @@ class Folding {
       unfold_channels(
           grad + begin * size,
           weight + begin * size,
-          scale.data() + begin,
+          scale.empty() ? nullptr : scale.data() + begin,
           products.data() + begin,
           end - begin,
           size);
@@ -425,12 +482,13 @@ class Folding {
     }
     if (wants_gamma) {
       found.gamma = at::empty_like(shift);
-      const T *bias = values<T>(bias_), *mean = values<T>(norm_.mean), *var = values<T>(norm_.var);
+      const T *bias = values<T>(bias_), *mean = values<T>(norm_.mean);
       const T* from = shift.const_data_ptr<T>();
       T* to = found.gamma.template mutable_data_ptr<T>();
       for (int64_t channel = 0; channel < channels; ++channel) {
         const double difference = (bias ? static_cast<double>(bias[channel]) : 0.0) - mean[channel];
-        to[channel] = static_cast<T>((products[channel] + from[channel] * difference) * inverse_of(var[channel]));
+        const double product = on_output_.empty() ? products[channel] : products[channel] / on_output_[channel];
+        to[channel] = static_cast<T>((product + from[channel] * difference) * inverses_[channel]);
       }
     }
     return found;
@@ -441,7 +499,7 @@ class Folding {
   const OptionalTensor& bias_;
   const BatchNorm& norm_;
   bool in_memory_;
-  std::vector<double> scales_; // where the operands are memory
+  std::vector<double> inverses_, scales_, on_weight_, on_output_; // where the operands are memory; empty for ones
   Tensor inverse_, scale_; // where they are not
 };
 
@@ -453,7 +511,7 @@ Tensor folded(
     const Tensor& weight,
     const OptionalTensor& bias,
     const BatchNorm& norm) {
-  const Folding folding(geometry, weight, bias, norm, false);
+  const Folding folding(geometry, weight, bias, norm, false, false);
   return geometry.convolution(input, folding.weight(), folding.bias());
 }
 
@@ -496,11 +554,17 @@ struct Backward {
   bool wants_input, wants_weight, wants_bias, wants_gamma, wants_beta;
 
   // Gradients of input, weight, bias, gamma and beta.
-  variable_list of_folded(const Tensor& grad_output) const {
+  variable_list operator()(const Tensor& grad_output, bool is_scaled) const {
     const bool recorded = at::GradMode::is_enabled();
-    const Folding folding(geometry, weight, bias, norm, recorded);
+    if (is_scaled && is_half(grad_output)) {
+      return of_scaled(grad_output);
+    }
+    const Folding folding(geometry, weight, bias, norm, recorded, is_scaled);
+    if (is_scaled && !folding.in_memory()) {
+      return of_scaled(grad_output);
+    }
     const auto [grad_input, grad_weight] = geometry.gradients(
-        grad_output,
+        is_scaled ? on_channels(grad_output, folding.output_scale()) : grad_output,
         wants_weight || wants_gamma ? input : Tensor(),
         wants_input ? folding.weight() : Tensor(),
         input_size,
@@ -669,7 +733,7 @@ struct ConvBatchNorm : torch::autograd::Function<ConvBatchNorm> {
          var});
     ctx->saved_data["eps"] = eps;
     ctx->saved_data["numbers"] = Numbers::of(geometry, input, weight, bias, gamma, beta, is_scaled);
-    at::AutoDispatchBelowAutograd below;
+    at::AutoDispatchBelowADInplaceOrView below; // what is returned is no view, whatever the backend does
     const BatchNorm norm{gamma, beta, mean, var, eps};
     return is_scaled ? apart(geometry, input, weight, bias, norm) : folded(geometry, input, weight, bias, norm);
   }
@@ -698,7 +762,7 @@ struct ConvBatchNorm : torch::autograd::Function<ConvBatchNorm> {
         wanted[2],
         wanted[3],
         wanted[4]};
-    variable_list found = numbers.is_scaled ? pass.of_scaled(grad_outputs[0]) : pass.of_folded(grad_outputs[0]);
+    variable_list found = pass(grad_outputs[0], numbers.is_scaled);
     found.resize(10); // nothing for what is no parameter
     return found;
   }
@@ -706,30 +770,80 @@ struct ConvBatchNorm : torch::autograd::Function<ConvBatchNorm> {
 
 // --- The operator ----------------------------------------------------------------------------------------------------
 
-Tensor without_gradients(
-    const Tensor& input,
-    const Tensor& weight,
-    const OptionalTensor& bias,
-    const OptionalTensor& gamma,
-    const OptionalTensor& beta,
-    const Tensor& mean,
-    const Tensor& var,
-    double eps,
-    IntArrayRef stride,
-    IntArrayRef padding,
-    IntArrayRef dilation,
-    bool transposed,
-    IntArrayRef output_padding,
-    int64_t groups) {
-  const c10::impl::ExcludeDispatchKeyGuard without_autocast(c10::autocast_dispatch_keyset);
-  const Geometry geometry{
-      stride.vec(), padding.vec(), dilation.vec(), output_padding.vec(), transposed, groups};
-  const BatchNorm norm{gamma, beta, mean, var, eps};
-  const bool is_apart = is_half(input) || weight.numel() > geometry.output_size(input, weight);
-  return is_apart ? apart(geometry, input, weight, bias, norm) : folded(geometry, input, weight, bias, norm);
+// The dtype that the convolution computes in; none where its operands do not agree on one. Autocast casts the operands of
+// a convolution, except those in float64.
+std::optional<at::ScalarType> computing_dtype(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  const auto own = input.scalar_type(), of_weight = weight.scalar_type(), of_bias = bias ? bias->scalar_type() : of_weight;
+  if (at::autocast::is_autocast_available(input.device().type()) &&
+      at::autocast::is_autocast_enabled(input.device().type())) {
+    for (const auto dtype : {own, of_weight, of_bias}) {
+      if (!at::isFloatingType(dtype) || dtype == at::kDouble) {
+        return std::nullopt;
+      }
+    }
+    return at::autocast::get_autocast_dtype(input.device().type());
+  }
+  return own == of_weight && own == of_bias ? std::optional(own) : std::nullopt;
 }
 
-Tensor with_gradients(
+// Whether dtypes and shapes are such that Eval mode works and the fused form is known to equal it.
+bool are_ordinary(
+    const Tensor& input,
+    const Tensor& weight,
+    const OptionalTensor& bias,
+    const BatchNorm& norm,
+    const Geometry& geometry,
+    at::ScalarType dtype) {
+  const auto of_statistics = norm.var.scalar_type();
+  const bool half = dtype == at::kHalf || dtype == at::kBFloat16;
+  if (!(half || dtype == at::kFloat || dtype == at::kDouble) ||
+      !(of_statistics == dtype || (half && of_statistics == at::kFloat))) {
+    return false;
+  }
+  if (input.dim() != weight.dim() || weight.dim() < 2 || weight.dim() > 5 || input.numel() == 0 ||
+      input.layout() != at::kStrided || weight.layout() != at::kStrided) {
+    return false;
+  }
+  const int64_t channels = geometry.output_channels(weight);
+  const auto is_vector = [&](const Tensor& tensor) {
+    return tensor.layout() == at::kStrided && tensor.dim() == 1 && tensor.size(0) == channels;
+  };
+  for (const OptionalTensor* vector : {&norm.gamma, &norm.beta}) {
+    if (*vector && !(is_vector(**vector) && (*vector)->scalar_type() == of_statistics)) {
+      return false;
+    }
+  }
+  return is_vector(norm.var) && is_vector(norm.mean) && norm.mean.scalar_type() == of_statistics &&
+      (!bias || is_vector(*bias)) && !norm.mean.requires_grad() && !norm.var.requires_grad();
+}
+
+// Eval mode's two steps as modules take them, whatever the operands are.
+Tensor as_in_eval_mode(
+    const Geometry& geometry,
+    const Tensor& input,
+    const Tensor& weight,
+    const OptionalTensor& bias,
+    const BatchNorm& norm) {
+  const auto& [stride, padding, dilation, output_padding, transposed, groups] = geometry;
+  switch (weight.dim()) {
+    case 3:
+      return norm(
+          transposed ? at::conv_transpose1d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+                     : at::conv1d(input, weight, bias, stride, padding, dilation, groups));
+    case 4:
+      return norm(
+          transposed ? at::conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+                     : at::conv2d(input, weight, bias, stride, padding, dilation, groups));
+    case 5:
+      return norm(
+          transposed ? at::conv_transpose3d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+                     : at::conv3d(input, weight, bias, stride, padding, dilation, groups));
+    default:
+      return norm(at::linear(input, weight, bias));
+  }
+}
+
+Tensor conv_batch_norm(
     const Tensor& input,
     const Tensor& weight,
     const OptionalTensor& bias,
@@ -744,23 +858,35 @@ Tensor with_gradients(
     bool transposed,
     IntArrayRef output_padding,
     int64_t groups) {
+  const size_t spatial = std::max<int64_t>(weight.dim() - 2, 0);
+  const auto per_dimension = [spatial](IntArrayRef numbers) {
+    TORCH_CHECK(
+        numbers.size() == spatial || numbers.size() == 1, "conv_batch_norm: ", numbers, " for ", spatial, " dimensions");
+    return numbers.size() == spatial ? numbers.vec() : std::vector<int64_t>(spatial, numbers[0]);
+  };
+  const Geometry geometry{
+      per_dimension(stride),
+      per_dimension(padding),
+      per_dimension(dilation),
+      per_dimension(output_padding),
+      transposed,
+      groups};
+  const BatchNorm norm{gamma, beta, mean, var, eps};
+  const auto dtype = computing_dtype(input, weight, bias);
+  if (!dtype || !are_ordinary(input, weight, bias, norm, geometry, *dtype)) {
+    return as_in_eval_mode(geometry, input, weight, bias, norm);
+  }
+  const c10::impl::ExcludeDispatchKeyGuard without_autocast(c10::autocast_dispatch_keyset);
+  const Tensor cast = rounded(input, *dtype);
+  const double weights = weight.numel(), outputs = geometry.output_size(input, weight);
+  const bool is_scaled = is_half(cast) || weights > outputs;
   const bool wanted = at::GradMode::is_enabled() &&
       (input.requires_grad() || weight.requires_grad() || requires_grad(bias) || requires_grad(gamma) ||
        requires_grad(beta));
-  if (!wanted) {
-    at::AutoDispatchBelowAutograd below;
-    return without_gradients(
-        input, weight, bias, gamma, beta, mean, var, eps, stride, padding, dilation, transposed, output_padding, groups);
+  if (wanted && !(requires_grad(gamma) && weights > kWeightPerOutput * outputs)) {
+    return ConvBatchNorm::apply(cast, weight, bias, gamma, beta, mean, var, eps, geometry, is_scaled);
   }
-  const c10::impl::ExcludeDispatchKeyGuard without_autocast(c10::autocast_dispatch_keyset);
-  const Geometry geometry{
-      stride.vec(), padding.vec(), dilation.vec(), output_padding.vec(), transposed, groups};
-  const int64_t weights = weight.numel(), outputs = geometry.output_size(input, weight);
-  if (requires_grad(gamma) && static_cast<double>(weights) > kWeightPerOutput * static_cast<double>(outputs)) {
-    return apart(geometry, input, weight, bias, BatchNorm{gamma, beta, mean, var, eps});
-  }
-  return ConvBatchNorm::apply(
-      input, weight, bias, gamma, beta, mean, var, eps, geometry, is_half(input) || weights > outputs);
+  return wanted || is_scaled ? apart(geometry, cast, weight, bias, norm) : folded(geometry, cast, weight, bias, norm);
 }
 
 TORCH_LIBRARY(convbn_fx, library) {
@@ -772,11 +898,11 @@ TORCH_LIBRARY(convbn_fx, library) {
 }
 
 TORCH_LIBRARY_IMPL(convbn_fx, CompositeExplicitAutograd, library) {
-  library.impl("conv_batch_norm", without_gradients);
+  library.impl("conv_batch_norm", conv_batch_norm);
 }
 
 TORCH_LIBRARY_IMPL(convbn_fx, Autograd, library) {
-  library.impl("conv_batch_norm", with_gradients);
+  library.impl("conv_batch_norm", conv_batch_norm);
 }
 
 } // namespace convbn_fx

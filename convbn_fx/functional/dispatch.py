@@ -25,7 +25,7 @@ from convbn_fx.functional.arithmetic import (
     output_channels,
     rounded,
 )
-from convbn_fx.functional.autocast import computing_dtype
+from convbn_fx.functional.autocast import autocast_state, computing_dtype
 from convbn_fx.functional.autograd import fused_convolution
 from convbn_fx.functional.cost_rule import Form, cheapest_form
 from convbn_fx.functional.folding import fold
@@ -72,9 +72,10 @@ def conv_batch_norm(
         assert conv_batch_norm(conv, norm, x).shape == (2, 8, 14, 14)
         ```
     """
-    proxies = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.fx.Proxy)]
-    if proxies:  # somebody traces a rewritten graph again (unpickling does): stay one node
-        return handle_torch_function(conv_batch_norm, proxies, conv, norm, *args, **kwargs)
+    if kwargs or len(args) != 1 or type(args[0]) is not Tensor:
+        proxies = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.fx.Proxy)]
+        if proxies:  # somebody traces a rewritten graph again (unpickling does): stay one node
+            return handle_torch_function(conv_batch_norm, proxies, conv, norm, *args, **kwargs)
     if len(args) == 1 and not torch.compiler.is_compiling() and are_cheaper_apart(conv, norm, *args):
         return batch_norm(norm, convolution(conv, *args, **kwargs))
     norm_kind = frozen_kind(norm)
@@ -116,10 +117,28 @@ def normalised_convolution(
         # Dimension 1, which the batch norm reads, does not hold the output channels: an unbatched convolution, a
         # linear layer's input of more dimensions. (Or the batch norm is about to raise.)
         return None
+    if native.operator is not None and _are_for_the_operator(input, conv, norm, norm_kind):
+        return native.fused_convolution(input, conv, norm)
     dtype = computing_dtype(input, conv)
     if dtype is None or not _are_ordinary(input, conv, norm, dtype, norm_kind.promotes):
         return None
     return _in_best_form(input, conv, norm, dtype)
+
+
+def _are_for_the_operator(
+    input: Tensor, conv: Convolution, norm: BatchNorm, norm_kind: BatchNormKind
+) -> bool:
+    """Whether plain tensors are just to be computed with: by the operator, which looks at dtypes, shapes, sizes."""
+    _, weight, bias, *_ = conv
+    mean, variance, gamma, beta, _ = norm
+    for tensor in (weight, bias, gamma, beta, mean, variance):
+        if not (tensor is None or type(tensor) in _PLAIN):
+            return False
+    if not is_eager(input) or _torch.is_forward_ad_on() or norm_kind.promotes:
+        return False
+    if not (weight.requires_grad or gamma is None) and _trains_gamma_alone(input, conv, norm):
+        return not torch.is_grad_enabled()  # Eval mode may save less: the sizes of storages tell
+    return conv.op != "convolution" or autocast_state(input.device.type) is None
 
 
 def batch_norm_operands(norm: nn.Module | BatchNorm, norm_kind: BatchNormKind) -> BatchNorm:
@@ -164,6 +183,8 @@ def are_cheaper_apart(conv: nn.Module | Convolution, norm: nn.Module | BatchNorm
     That is right at any call that no compiler captures. It is asked first because it takes a tenth of the time of
     making sure that the two may be one; and such pairs are small, so that this time counts.
     """
+    if native.operator is not None:  # it decides for itself
+        return False
     if type(input) is not Tensor or not (isinstance(conv, nn.Module) and isinstance(norm, nn.Module)):
         return False
     if kinds.class_of(conv) not in _SIZED_BY_ATTRIBUTES:
@@ -189,14 +210,6 @@ def _in_best_form(input: Tensor, conv: Convolution, norm: BatchNorm, dtype: torc
     """Fused in the form that suits the call; None where Eval mode's two steps are better."""
     if _is_compiled(input):
         return _captured(input, conv, norm, dtype)
-    if native.operator is not None and is_eager(input) and not _is_transformed():
-        if (
-            torch.is_grad_enabled()
-            and _trains_gamma_alone(input, conv, norm)
-            and output_size(input, conv.weight, conv) * dtype.itemsize <= _saved_for_gamma(input, conv)
-        ):
-            return None
-        return native.fused_convolution(rounded(input, dtype), conv, norm)
     size = output_size(input, conv.weight, conv)
     if _is_transformed() or not _wants_gradient(input, conv, norm):
         return None if is_half(dtype) or conv.weight.numel() > size else _formula(input, conv, norm)

@@ -33,7 +33,7 @@ from convbn_fx.operands import BatchNorm, Convolution
 
 _SOURCE: Final = Path(__file__).with_name("conv_batch_norm.cpp")
 _NAME: Final = "convbn_fx_native"
-_FLAGS: Final = ["-O3"]
+_FLAGS: Final = ["-O3", "-fno-math-errno"]  # with it, a square root is an instruction
 
 #: The operator; None where it is not loaded.
 operator: Callable[..., torch.Tensor] | None = None
@@ -225,11 +225,11 @@ def _say(what: str) -> None:
 
 
 def fused_convolution(input: torch.Tensor, conv: Convolution, norm: BatchNorm) -> torch.Tensor:
-    """The convolution with the batch norm folded in, in the form that suits the call, by the operator.
+    """The convolution and the batch norm by the operator, which is loaded: as one wherever that is the same function.
 
     Args:
-        input: Batched input in the dtype that the convolution computes in.
-        conv: The convolution; its parameters may have a wider dtype.
+        input: Batched input.
+        conv: The convolution.
         norm: The batch norm with frozen statistics.
     """
     _, weight, bias, stride, padding, dilation, transposed, output_padding, groups = conv

@@ -99,6 +99,19 @@ def test_every_memory_format(layer, memory_format, monkeypatch):
 
 @is_built
 @every_layer
+@pytest.mark.parametrize("trains", [True, False])
+def test_the_output_may_be_changed_in_place(layer, trains, monkeypatch):
+    model, x = (
+        fused(LAYERS[layer].model().requires_grad_(trains)),
+        LAYERS[layer].input().requires_grad_(trains),
+    )
+    sources = [x, *model.parameters()]
+    actual, expected = both(monkeypatch, lambda: results(lambda x: model(x).mul_(2).tanh_(), x, sources))
+    torch.testing.assert_close(actual, expected)
+
+
+@is_built
+@every_layer
 def test_gradients_of_gradients(layer):
     model, x = fused(LAYERS[layer].model()), LAYERS[layer].input().requires_grad_()
     names, parameters = zip(*model.named_parameters(), strict=True)
