@@ -18,7 +18,7 @@ from convbn_fx.fx.pairs import OwnedPair
 from convbn_fx.fx.private_copy import private_copy
 from convbn_fx.fx.rewriting import copied, rewrite, unfuse
 from convbn_fx.kinds.modes import batch_norms, selected
-from convbn_fx.report import Refusal, Report, Skip, SkipReason, without_wrappers
+from convbn_fx.records import Refusal, Report, Skip, SkipReason, without_wrappers
 from convbn_fx.tuning.cloning import Model, clone, untuned_class
 from convbn_fx.tuning.exploring.discovery import Discovery, Explored, discover
 from convbn_fx.tuning.exploring.exploration import GuessedTensor

@@ -53,7 +53,7 @@ LIST_MODULES = "import sys; print(*{name.partition('.')[0] for name in sys.modul
 
 def test_the_import_of_the_library_brings_torch_alone():
     with_torch = in_a_fresh_process(f"import torch, torch.fx; {LIST_MODULES}")
-    with_library = in_a_fresh_process(f"import convbn_fx; {LIST_MODULES}")
+    with_library = in_a_fresh_process(f"from convbn_fx import *; {LIST_MODULES}")
     surplus = with_library - with_torch - {"convbn_fx"} - set(sys.stdlib_module_names)
     installed_by_torch = {
         "sympy",
@@ -81,6 +81,18 @@ def test_using_the_library_brings_nothing_else():
     assert not used & FOREIGN
 
 
+@pytest.mark.parametrize(
+    "first", ["compiler", "functional", "kinds.modes", "records", "testing", "tuning.cloning"]
+)
+def test_public_names_are_the_same_whatever_is_imported_first(first):
+    in_a_fresh_process(
+        f"import convbn_fx.{first}; import convbn_fx, inspect; from convbn_fx import *; "
+        "functions = [batchnorm_mode, deploy, report, symbolic_trace, transform, tune, untune]; "
+        "assert all(map(callable, functions)); "
+        "assert convbn_fx.report is report; assert inspect.ismodule(testing)"
+    )
+
+
 @pytest.mark.parametrize("name", sorted(name for name in FILES if name.partition(".")[0] == "functional"))
 def test_the_operator_knows_torch_and_not_fx(name):
     found = {found for found in imports(name) if found.startswith("torch.fx")}
@@ -97,7 +109,11 @@ def test_the_core_imports_torch_and_the_standard_library(name):
 
 
 def test_the_public_names():
-    assert set(convbn_fx.__all__) <= set(vars(convbn_fx))
+    assert set(convbn_fx.__all__) <= set(dir(convbn_fx))
+    for name in convbn_fx.__all__:
+        assert getattr(convbn_fx, name) is not None
+    with pytest.raises(AttributeError, match="module 'convbn_fx' has no attribute 'fuse'"):
+        _ = convbn_fx.fuse
     for name in ("symbolic_trace", "transform", "report", "functional", "testing", "register_conv"):
         assert name in convbn_fx.__all__
     assert convbn_fx.functional.conv_batch_norm.__module__ == "convbn_fx.functional"

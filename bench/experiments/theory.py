@@ -33,7 +33,7 @@ from bench.harness.results import Options, Result
 from bench.harness.steps import count, images, times
 from convbn_fx.functional import conv_batch_norm
 from convbn_fx.functional.cost_rule import Form, cheapest_form
-from convbn_fx.report import Pair
+from convbn_fx.records import Pair
 from convbn_fx.testing import randomize_batchnorms
 
 MODES: Final = (EVAL, TUNE, DEPLOY)

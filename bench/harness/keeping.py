@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from convbn_fx.cli.report.pair_bytes import storages_by_module
-from convbn_fx.report import Pair
+from convbn_fx.records import Pair
 
 
 class Keeping(NamedTuple):

@@ -2,3 +2,7 @@
 
 Nothing outside this folder may know of it.
 """
+
+
+class Unusable(ValueError):
+    """What was asked for cannot be done; the message says why, and what can."""

@@ -1,4 +1,7 @@
-"""The command line: `convbn-fx report`, `sweep` and `gate`. A command reads options, others do the work."""
+"""The command line: `convbn-fx report`, `sweep` and `gate`. A command reads options, others do the work.
+
+A command imports what it needs for itself: not all of them need PyTorch, which takes seconds.
+"""
 
 import dataclasses
 import json
@@ -13,19 +16,11 @@ import typer
 from rich.console import Console
 from typer import Argument, Option
 
+from convbn_fx.cli import Unusable
 from convbn_fx.cli import gate as gating
-from convbn_fx.cli.report import drawing, plotting
-from convbn_fx.cli.report import terminal as presentation
-from convbn_fx.cli.report.drawing import CannotDraw
-from convbn_fx.cli.report.inspection import inspect_model
-from convbn_fx.cli.zoo import page, results, running, summary
-from convbn_fx.cli.zoo.architectures import Subject, UnknownModel, UnknownSuite, load, matches
-from convbn_fx.cli.zoo.architectures import suite as models_of
-from convbn_fx.cli.zoo.measuring import Numbers, Settings, compare_numbers, for_smallest_images
-from convbn_fx.cli.zoo.results import Level, ResultsError, Row
-from convbn_fx.cli.zoo.running import Unusable
-from convbn_fx.cli.zoo.sweeping import Backend, Cluster, ClusterError, Limits
-from convbn_fx.fx.tracing import TracingError
+from convbn_fx.cli.zoo import results
+from convbn_fx.cli.zoo.results import Level, Row, matches
+from convbn_fx.cli.zoo.sweeping import Backend, Cluster, Limits
 
 #: What a command exits with where not with 0: something is not as it should be; the command cannot be carried out.
 CHANGED, UNUSABLE, INTERRUPTED = 1, 2, 130
@@ -93,12 +88,15 @@ def report(
     Exits with 1 if --check finds a difference, with 2 if there is no such model.
     """
     with _failures_explained():
-        for picture, formats in ((plot, plotting.PICTURE_FORMATS), (graph, drawing.GRAPH_FORMATS)):
-            if picture is not None and picture.suffix.lower() not in formats:
-                raise Unusable(
-                    f"no picture can be written as {picture.name}; the formats are {', '.join(formats)}"
-                )
-        _writable(html, plot, graph)
+        from convbn_fx.cli.report import drawing, plotting, terminal
+        from convbn_fx.cli.report.inspection import inspect_model
+        from convbn_fx.cli.zoo.architectures import load
+        from convbn_fx.cli.zoo.measuring import compare_numbers, for_smallest_images
+        from convbn_fx.fx.tracing import TracingError
+
+        _check_writable(html)
+        _check_writable(plot, plotting.PICTURE_FORMATS)
+        _check_writable(graph, drawing.GRAPH_FORMATS)
         subject = load(model, pretrained=pretrained)
         if not subject.resizable and (batch or size):
             raise Unusable(f"{model} brings its own inputs; --batch and --size are for models that do not")
@@ -106,12 +104,18 @@ def report(
         inspection = dataclasses.replace(inspection, model=model)
         facts: dict[str, Any] = inspection.to_json()
         if html is not None:
-            presentation.write_html(inspection, html)
+            terminal.write_html(inspection, html)
         if plot is not None:
             plotting.plot(inspection, plot)
         if graph is not None:
-            drawing.draw(subject.model, graph)
-        numbers = _checked(subject, pretrained) if check else None
+            try:
+                drawing.draw(subject.model, graph)
+            except TracingError as error:
+                raise Unusable(str(error)) from error
+        numbers = None
+        if check:  # with trained weights as it is, else with the smallest images that it can be built for
+            subject, side = (subject, None) if pretrained else for_smallest_images(subject, seed=0)
+            numbers = compare_numbers(subject, side, seed=0)
 
     console = _console()
     if numbers is not None:
@@ -119,16 +123,10 @@ def report(
     if as_json:
         console.out(json.dumps(facts, indent=2, allow_nan=False), highlight=False)
     else:
-        console.print(presentation.render(inspection))
+        console.print(terminal.render(inspection))
         console.print(str(numbers) if numbers is not None else "", markup=False)
     if numbers is not None and numbers.failure:
         raise typer.Exit(CHANGED)
-
-
-def _checked(subject: Subject, pretrained: bool) -> Numbers:
-    """Compares a model in numbers: with trained weights as it is, else with the smallest images it can be built for."""
-    subject, side = (subject, None) if pretrained else for_smallest_images(subject, seed=0)
-    return compare_numbers(subject, side, seed=0)
 
 
 # --- sweep ----------------------------------------------------------------------------------------------------------
@@ -213,7 +211,12 @@ def sweep(
     130 after Ctrl-C; --resume goes on then.
     """
     with _failures_explained():
-        _writable(html, out)
+        from convbn_fx.cli.zoo import running
+        from convbn_fx.cli.zoo.architectures import suite as models_of
+        from convbn_fx.cli.zoo.measuring import Settings
+
+        _check_writable(html)
+        _check_writable(out)
         if sum_up:
             rows = [row for path in sum_up for row in results.read(path) if matches(row.name, match)]
             results.check_names(rows, " and ".join(map(str, sum_up)))
@@ -252,6 +255,8 @@ def sweep(
 
 
 def _sum_up(rows: list[Row], source: str, html: Path | None) -> None:
+    from convbn_fx.cli.zoo import page, summary
+
     _console().print(summary.render(summary.summarize(rows)))
     if html is not None:
         page.write_page(html, rows, title=TITLE, source=source)
@@ -287,15 +292,12 @@ def _console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=200)
 
 
-_FAILURES = (UnknownModel, UnknownSuite, ResultsError, ClusterError, Unusable, CannotDraw, TracingError)
-
-
 @contextmanager
 def _failures_explained() -> Iterator[None]:
     """Turns what is wrong with a command or its files into one line and an exit status."""
     try:
         yield
-    except _FAILURES as error:
+    except Unusable as error:
         _give_up(str(error))
     except OSError as error:
         if error.filename is None:
@@ -308,13 +310,15 @@ def _failures_explained() -> Iterator[None]:
         _give_up(f"{error.name} is not installed: pip install 'convbn-fx[{extra}]'")
 
 
-def _writable(*paths: Path | None) -> None:
-    """Makes the folders of files that are to be written, before the work."""
-    for path in paths:
-        if path is not None:
-            if path.is_dir():
-                raise Unusable(f"{path} is a folder; name a file")
-            path.parent.mkdir(parents=True, exist_ok=True)
+def _check_writable(path: Path | None, formats: tuple[str, ...] = ()) -> None:
+    """Makes the folder of a file that is to be written, before the work."""
+    if path is None:
+        return
+    if formats and path.suffix.lower() not in formats:
+        raise Unusable(f"no picture can be written as {path.name}; the formats are {', '.join(formats)}")
+    if path.is_dir():
+        raise Unusable(f"{path} is a folder; name a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _give_up(message: str) -> NoReturn:

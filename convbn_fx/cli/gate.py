@@ -17,8 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from convbn_fx.cli.zoo import results
-from convbn_fx.cli.zoo.architectures import matches
-from convbn_fx.cli.zoo.results import ResultsError, Row, Status
+from convbn_fx.cli.zoo.results import ResultsError, Row, Status, matches
 
 
 class May(IntEnum):

@@ -21,7 +21,7 @@ from convbn_fx.fx.graph_module import GraphModule
 from convbn_fx.fx.pairs import OwnedPair
 from convbn_fx.fx.rewriting import BATCH_NORM
 from convbn_fx.operands import BatchNorm, Convolution
-from convbn_fx.report import Refusal, Skip, SkipReason
+from convbn_fx.records import Refusal, Skip, SkipReason
 
 
 class Folded(nn.Identity):

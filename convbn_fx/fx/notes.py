@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from convbn_fx import kinds
-from convbn_fx.report import Pair, Report, Skip, SkipReason, without_wrappers
+from convbn_fx.records import Pair, Report, Skip, SkipReason, without_wrappers
 
 #: Attribute of a batch norm's running mean (of its convolution's weight, if the mean is a constant of the graph): the
 #: records that are about it, each with the id of the convolution's weight.

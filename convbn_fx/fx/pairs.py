@@ -6,7 +6,7 @@ from typing import Any
 from torch.fx import Node
 
 from convbn_fx.operands import Convolution
-from convbn_fx.report import Pair
+from convbn_fx.records import Pair
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from convbn_fx import kinds
 from convbn_fx.fx.graph_module import keep_all_in_copies
 from convbn_fx.fx.matching import hooks_note
 from convbn_fx.fx.pairs import OwnedPair, Site
-from convbn_fx.report import Pair, Report, Skip, SkipReason, without_wrappers
+from convbn_fx.records import Pair, Report, Skip, SkipReason, without_wrappers
 from convbn_fx.tuning.deferred import Pairing, Scope
 from convbn_fx.tuning.exploring.discovery import identity
 from convbn_fx.tuning.tuned_classes import (

@@ -67,7 +67,7 @@ def test_the_script_and_the_module_are_one():
     assert "convbn-fx" in done.stdout
 
 
-@pytest.mark.parametrize("missing", ["typer", "rich"])
+@pytest.mark.parametrize("missing", ["typer", "rich", "psutil"])
 def test_without_the_extra_it_says_what_to_install(missing):
     done = in_a_process(
         f"import sys; sys.modules[{missing!r}] = None; from convbn_fx.__main__ import main; main()"
@@ -76,6 +76,19 @@ def test_without_the_extra_it_says_what_to_install(missing):
     assert f"the command line needs {missing}" in done.stderr
     assert "pip install 'convbn-fx[cli,zoo]'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_gate_needs_no_pytorch_and_a_report_no_joblib(tmp_path):
+    results.write(tmp_path / "a.csv", [Row(name="timm:a", status=Status.PASS, level=Level.STRUCTURE)])
+    for library, arguments in {
+        "torch": ["gate", str(tmp_path / "a.csv"), "--expected", str(tmp_path / "a.csv")],
+        "joblib": ["report", "zoo_models:small", "--size", "20"],
+    }.items():
+        done = in_a_process(
+            f"import sys; sys.modules[{library!r}] = None; sys.argv[1:] = {arguments}; "
+            "from convbn_fx.__main__ import main; main()"
+        )
+        assert done.returncode == 0, done.stderr
 
 
 # --- report -------------------------------------------------------------------------------------------------------

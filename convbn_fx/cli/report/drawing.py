@@ -7,10 +7,11 @@ from torch import nn
 from torch.fx.passes.graph_drawer import FxGraphDrawer
 
 from convbn_fx.api import transform
+from convbn_fx.cli import Unusable
 from convbn_fx.fx.tracing import symbolic_trace
 
 
-class CannotDraw(RuntimeError):
+class CannotDraw(Unusable):
     """What draws graphs is not installed."""
 
 

@@ -24,7 +24,7 @@ from convbn_fx.cli.zoo.results import in_one_line
 from convbn_fx.fx.side_effects import random_state_as_found
 from convbn_fx.kinds import batch_norm_kind, convolution_kind
 from convbn_fx.kinds.modes import selected
-from convbn_fx.report import Pair, Report, Skip, without_wrappers
+from convbn_fx.records import Pair, Report, Skip, without_wrappers
 from convbn_fx.tuning.cloning import clone
 
 

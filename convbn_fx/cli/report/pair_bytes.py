@@ -19,7 +19,7 @@ from convbn_fx._torch import FakeCopyMode, FakeTensorMode
 from convbn_fx.functional import conv_batch_norm
 from convbn_fx.fx.rewriting import BATCH_NORM
 from convbn_fx.memory import saved_storages
-from convbn_fx.report import without_wrappers
+from convbn_fx.records import without_wrappers
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 from convbn_fx.cli.report.coefficients import LARGEST, SMALLEST_NORMAL, Coefficients
 from convbn_fx.cli.report.inspection import Inspection
 from convbn_fx.cli.report.pair_bytes import SavedBytes
-from convbn_fx.report import Pair, SkipReason
+from convbn_fx.records import Pair, SkipReason
 
 NOTHING: Final = "-"
 

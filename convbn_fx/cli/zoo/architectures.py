@@ -4,7 +4,6 @@
 user's own, looked for in the current directory too.
 """
 
-import fnmatch
 import importlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -15,17 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convbn_fx.cli import Unusable
 from convbn_fx.cli.zoo import results
 
 #: The side of the images that a model is fed of which nothing is known.
 USUAL_SIDE = 224
 
 
-class UnknownModel(ValueError):
+class UnknownModel(Unusable):
     """A name is not that of a model; the message says what it could be."""
 
 
-class UnknownSuite(ValueError):
+class UnknownSuite(Unusable):
     """A suite is neither a library nor a readable file; the message says what it could be."""
 
 
@@ -248,11 +248,6 @@ def suite(name: str) -> list[str]:
     if not any(names):
         raise UnknownSuite(f"{name}: no model is named there; write one a line, such as timm:resnet50")
     return list(dict.fromkeys(name for name in names if name))
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Whether a model is meant by a pattern: `timm:resnet*`, or `resnet*` of any library."""
-    return any(fnmatch.fnmatchcase(each, pattern) for each in (name, name.partition(":")[2]))
 
 
 def describe(subject: Subject, inputs: tuple[Any, ...]) -> str:

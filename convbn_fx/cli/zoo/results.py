@@ -5,6 +5,7 @@ half-written; no field holds a newline.
 """
 
 import csv
+import fnmatch
 import io
 import os
 import re
@@ -15,6 +16,8 @@ from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
+
+from convbn_fx.cli import Unusable
 
 
 class Level(StrEnum):
@@ -84,7 +87,7 @@ class Row:
     detail: str = ""
 
 
-class ResultsError(ValueError):
+class ResultsError(Unusable):
     """A results file cannot be used; the message names the file, the line and what to do."""
 
 
@@ -244,6 +247,11 @@ def check_names(rows: Iterable[Row], place: str) -> None:
     counts = Counter(row.name for row in rows)
     if twice := [name for name, count in counts.items() if count > 1]:
         raise ResultsError(f"{place}: {twice[0]} is there {counts[twice[0]]} times")
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a model is meant by a pattern: `timm:resnet*`, or `resnet*` of any library."""
+    return any(fnmatch.fnmatchcase(each, pattern) for each in (name, name.partition(":")[2]))
 
 
 def _records(text: str, path: str) -> Iterator[tuple[int, list[str]]]:

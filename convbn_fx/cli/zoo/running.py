@@ -23,15 +23,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from convbn_fx.cli import Unusable
 from convbn_fx.cli.zoo import results
 from convbn_fx.cli.zoo.measuring import Settings
 from convbn_fx.cli.zoo.results import Row, Status
 from convbn_fx.cli.zoo.sweeping import Cluster, Limits, sweep
-
-
-class Unusable(ValueError):
-    """What was asked for makes no sense; the message says why, and what does."""
-
 
 #: What a larger limit, or a quieter machine, may change.
 RETRIED = frozenset({Status.CRASH, Status.TIMEOUT, Status.MEMORY})

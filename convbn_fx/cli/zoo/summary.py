@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from convbn_fx.cli.zoo.results import ERRORS, Row, Status
-from convbn_fx.report import SkipReason
+from convbn_fx.records import SkipReason
 
 #: Stands for what was not measured.
 UNMEASURED = "–"  # noqa: RUF001 - an en dash is meant

@@ -8,11 +8,14 @@ from enum import StrEnum
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from threading import Event
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
+from convbn_fx.cli import Unusable
 from convbn_fx.cli.zoo.isolation import call
-from convbn_fx.cli.zoo.measuring import Settings, measure
 from convbn_fx.cli.zoo.results import Row, Status, in_one_line
+
+if TYPE_CHECKING:
+    from convbn_fx.cli.zoo.measuring import Settings
 
 #: How often in a row the workers may break down without a single new result.
 PATIENCE: Final = 3
@@ -54,11 +57,11 @@ class Cluster:
     address: str | None = None
 
 
-class ClusterError(RuntimeError):
+class ClusterError(Unusable):
     """A cluster cannot be reached, or its workers break down; the message says which and why."""
 
 
-def sweep(names: Iterable[str], settings: Settings, limits: Limits, cluster: Cluster) -> Generator[Row]:
+def sweep(names: Iterable[str], settings: "Settings", limits: Limits, cluster: Cluster) -> Generator[Row]:
     """Measures models, each in a process of its own.
 
     Whatever happens to a model is a row. Workers that are lost are replaced; the models that they were at are measured
@@ -96,10 +99,12 @@ def sweep(names: Iterable[str], settings: Settings, limits: Limits, cluster: Clu
 class _Job:
     """What a worker does for one model."""
 
-    settings: Settings
+    settings: "Settings"
     limits: Limits
 
     def __call__(self, name: str, stop: Event | None = None) -> Row:
+        from convbn_fx.cli.zoo.measuring import measure  # and PyTorch
+
         began = time.monotonic()
         limits = self.limits
         ending = call(

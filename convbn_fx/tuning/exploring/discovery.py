@@ -20,7 +20,7 @@ from convbn_fx.fx.matching import find_pairs_in
 from convbn_fx.fx.pairs import Match, OwnedPair
 from convbn_fx.fx.private_copy import private_copy
 from convbn_fx.operands import Convolution
-from convbn_fx.report import Skip, SkipReason
+from convbn_fx.records import Skip, SkipReason
 from convbn_fx.tuning.exploring.exact_classes import Question, questions_in
 from convbn_fx.tuning.exploring.exploration import Borders, GuessedTensor, Path, explore, kept_by_someone
 

@@ -22,7 +22,7 @@ from convbn_fx.fx.matching import find_pairs_in, reads_metadata
 from convbn_fx.fx.pairs import OwnedPair
 from convbn_fx.fx.private_copy import PrivateCopy, private_copy
 from convbn_fx.fx.proxies import READ_BY_NAME
-from convbn_fx.report import Refusal, SkipReason
+from convbn_fx.records import Refusal, SkipReason
 from convbn_fx.tuning.exploring.discovery import Discovery, Explored
 from convbn_fx.tuning.exploring.exploration import (
     GuessedTensor,
