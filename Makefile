@@ -16,7 +16,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist w
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-all test-torch zoo zoo-structure gate gate-full lint types check docs dist bench bench-smoke clean
+.PHONY: help setup demo test test-slow test-all test-torch zoo zoo-structure gate gate-full lint types check docs dist bench bench-smoke gpu clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
@@ -120,6 +120,17 @@ bench: $(READY) ## Run every experiment, into bench/results and docs/benchmarks.
 	@for name in $(EXPERIMENTS); do \
 		env --unset OMP_WAIT_POLICY $(BIN)/python -m bench $$name --json bench/results/$$name.json || exit 1; done
 	@$(BIN)/python -m bench.tools.page
+
+# A GPU is most often on another machine, and lent for minutes: each part ends within nine of them.
+PART ?= eager
+GPU_PYTHON ?= $(BIN)/python
+
+gpu: ## Test and measure on a GPU, a part at a time: make gpu PART=eager, graphs, compiled or tests [GPU_PYTHON=python3]
+ifeq ($(PART),tests)
+	@$(GPU_PYTHON) -m pytest -q tests/functional/test_cuda.py
+else
+	@$(GPU_PYTHON) -m bench gpu --device cuda --part $(PART) --seconds 3 --json bench/results/gpu-$(PART).json
+endif
 
 bench-smoke: $(READY) ## Run every experiment at toy size
 	@$(BIN)/python -m bench.demo --smoke

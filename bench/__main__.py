@@ -11,7 +11,7 @@ import torch
 import typer
 from typer import Argument, Option
 
-from bench.experiments import EXPERIMENTS
+from bench.experiments import EXPERIMENTS, PARTS
 from bench.harness.environment import describe, processor_ticks
 from bench.harness.results import Options, Result
 
@@ -46,6 +46,7 @@ def main(
         float,
         Option(min=0, help="coefficients: eps of the checkpoint's batch norms, which it does not tell."),
     ] = 1e-5,
+    part: Annotated[str, Option(help=f"gpu: one of {', '.join(PARTS)}.")] = "",
     json: Annotated[Path | None, Option(help="Write every sample and the environment here.")] = None,
     plot: Annotated[Path | None, Option(help="Write a picture (png, svg or pdf) here.")] = None,
 ) -> None:
@@ -54,7 +55,9 @@ def main(
         raise typer.BadParameter(f"there is no benchmark {benchmark}; there are {', '.join(EXPERIMENTS)}")
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("there is no CUDA device here")
-    options = Options(device, smoke, seconds, seeds, image_folder, checkpoint, eps)
+    if part and part not in PARTS:
+        raise typer.BadParameter(f"there is no part {part}; there are {', '.join(PARTS)}")
+    options = Options(device, smoke, seconds, seeds, image_folder, checkpoint, eps, part)
     module = module_of(benchmark)
     before = processor_ticks()
     settings, rows, notes = module.run(options)

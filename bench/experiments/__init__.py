@@ -12,4 +12,8 @@ EXPERIMENTS = (
     "theory",
     "costs",
     "kernels",
+    "gpu",
 )
+
+#: Of the experiment on a GPU: what fits a sitting of nine minutes each.
+PARTS = ("eager", "graphs", "compiled")

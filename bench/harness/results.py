@@ -23,6 +23,7 @@ class Options:
         image_folder: Images of one's own, a folder a class, in the place of bundled data.
         checkpoint: A `state_dict` of one's own, in the place of a trained model.
         eps: Of its batch norms.
+        part: Of an experiment that has several; none for all.
     """
 
     device: str = "cpu"
@@ -32,6 +33,7 @@ class Options:
     image_folder: Path | None = None
     checkpoint: Path | None = None
     eps: float = 1e-5
+    part: str = ""
 
     @property
     def turns(self) -> float:
