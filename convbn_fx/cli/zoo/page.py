@@ -14,7 +14,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from convbn_fx.cli.zoo import chart
+from convbn_fx.cli.zoo.chart import chart, label, sentence
 from convbn_fx.cli.zoo.results import ERRORS, Row
 from convbn_fx.cli.zoo.summary import UNMEASURED, explanation, percent, saved, summarize
 
@@ -181,7 +181,9 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(percent=percent, explanation=explanation, reason=_reason)
+    environment.filters.update(
+        percent=percent, explanation=explanation, reason=_reason, label=label, sentence=sentence
+    )
     return environment
 
 
@@ -217,7 +219,7 @@ def render_page(rows: list[Row], *, title: str, source: str) -> str:
         "summary": summary,
         "errors": ERRORS,
         "unmeasured": UNMEASURED,
-        "panels": chart.panels(summary.families),
+        "chart": chart(summary.families),
         "columns": _COLUMNS,
         "groups": list(_groups()),
         "models": [[column.cell(row) for column in _COLUMNS] for row in rows],
