@@ -32,7 +32,7 @@ class _Cell:
     value: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Column:
     """A column of the table of models.
 
@@ -84,84 +84,72 @@ def _refused(row: Row) -> _Cell:
     return _number(None if row.refused is None else sum(row.refused.values()), "{:.0f}")
 
 
+def _saved(row: Row) -> _Cell:
+    return _number(None if (part := saved(row)) is None else round(100 * part, 4), "{:.1f}")
+
+
 def _notes(row: Row) -> _Cell:
     reasons = [f"{row.refused[name]} {_reason(name)}" for name in sorted(row.refused)] if row.refused else []
     return _Cell("; ".join([*reasons, row.detail] if row.detail else reasons))
 
 
 _COUNT = partial(_numbers, text="{:.0f}")
-_MEGABYTES = partial(_numbers, text="{:.1f}", scale=1e6)
+_MILLIONS = partial(_numbers, text="{:.1f}", scale=1e6)
 _NORMS, _BYTES = "Batch norms", "Kept for backward, MB"
 _FLOAT64, _FLOAT32 = "Error, float64", "Error, float32"
 
 _COLUMNS = (
-    _Column(key="name", label="Model", cell=_words("name"), width=17, text=True),
-    _Column(key="family", label="Family", cell=_words("family"), width=11, text=True),
-    _Column(key="status", label="Status", cell=_words("status"), width=6, text=True),
-    _Column(key="level", label="Level", cell=_words("level"), width=5.5, text=True),
+    _Column("name", "Model", _words("name"), 17, text=True),
+    _Column("family", "Family", _words("family"), 11, text=True),
+    _Column("status", "Status", _words("status"), 6, text=True),
+    _Column("level", "Level", _words("level"), 5.5, text=True),
     _Column(
-        key="parameters",
-        label="Params, M",
-        title="Millions of elements of its parameters",
-        cell=_numbers("parameters", "{:.1f}", 1e6),
-        width=6,
+        "parameters", "Params, M", _MILLIONS("parameters"), 6, "", "Millions of elements of its parameters"
     ),
-    _Column(key="batch_norms", label="All", group=_NORMS, cell=_COUNT("batch_norms"), width=3.5),
-    _Column(key="fused", label="Fused", group=_NORMS, title="Pairs fused", cell=_COUNT("fused"), width=4.5),
+    _Column("batch_norms", "All", _COUNT("batch_norms"), 3.5, _NORMS),
+    _Column("fused", "Fused", _COUNT("fused"), 4.5, _NORMS, "Pairs fused"),
     _Column(
-        key="refused",
-        label="Left",
-        group=_NORMS,
-        title="Batch norms left as they were; the last column says why",
-        cell=_refused,
-        width=4,
+        "refused", "Left", _refused, 4, _NORMS, "Batch norms left as they were; the last column says why"
     ),
-    _Column(key="bytes_eval", label="Eval", group=_BYTES, cell=_MEGABYTES("bytes_eval"), width=5),
-    _Column(key="bytes_tune", label="Tune", group=_BYTES, cell=_MEGABYTES("bytes_tune"), width=5),
-    _Column(key="bytes_deploy", label="Deploy", group=_BYTES, cell=_MEGABYTES("bytes_deploy"), width=5),
+    _Column("bytes_eval", "Eval", _MILLIONS("bytes_eval"), 5, _BYTES),
+    _Column("bytes_tune", "Tune", _MILLIONS("bytes_tune"), 5, _BYTES),
+    _Column("bytes_deploy", "Deploy", _MILLIONS("bytes_deploy"), 5, _BYTES),
+    _Column("saved", "Saved, %", _saved, 5.5, _BYTES, "What Tune saves of Eval's memory"),
     _Column(
-        key="saved",
-        label="Saved, %",
-        group=_BYTES,
-        title="What Tune saves of Eval's memory",
-        cell=lambda row: _number(None if (part := saved(row)) is None else round(100 * part, 4), "{:.1f}"),
-        width=5.5,
+        "output_error",
+        "Outputs",
+        _error("output_error"),
+        5.5,
+        _FLOAT64,
+        "Worst relative error of an output of Tune",
     ),
     _Column(
-        key="output_error",
-        label="Outputs",
-        group=_FLOAT64,
-        title="Worst relative error of an output of Tune",
-        cell=_error("output_error"),
-        width=5.5,
+        "gradient_error",
+        "Gradients",
+        _error("gradient_error"),
+        5.5,
+        _FLOAT64,
+        "Worst relative error of a gradient of Tune, by the input and every parameter",
     ),
     _Column(
-        key="gradient_error",
-        label="Gradients",
-        group=_FLOAT64,
-        title="Worst relative error of a gradient of Tune, by the input and every parameter",
-        cell=_error("gradient_error"),
-        width=5.5,
+        "float32_error_tune",
+        "Tune",
+        _error("float32_error_tune"),
+        5,
+        _FLOAT32,
+        "Worst relative error of an output of Tune in float32",
     ),
     _Column(
-        key="float32_error_tune",
-        label="Tune",
-        group=_FLOAT32,
-        title="Worst relative error of an output of Tune in float32",
-        cell=_error("float32_error_tune"),
-        width=5,
+        "float32_error_eval",
+        "Eval",
+        _error("float32_error_eval"),
+        5,
+        _FLOAT32,
+        "The same of the model as it is",
     ),
-    _Column(
-        key="float32_error_eval",
-        label="Eval",
-        group=_FLOAT32,
-        title="The same of the model as it is",
-        cell=_error("float32_error_eval"),
-        width=5,
-    ),
-    _Column(key="seconds", label="Seconds", cell=_numbers("seconds", "{:.1f}"), width=5),
-    _Column(key="input", label="Input", cell=_words("input"), width=9, text=True),
-    _Column(key="notes", label="Left because, and detail", cell=_notes, width=30, text=True),
+    _Column("seconds", "Seconds", _numbers("seconds", "{:.1f}"), 5),
+    _Column("input", "Input", _words("input"), 9, text=True),
+    _Column("notes", "Left because, and detail", _notes, 30, text=True),
 )
 
 
