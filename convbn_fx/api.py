@@ -8,11 +8,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from convbn_fx import kinds
 from convbn_fx.deploying.baking import Baked, bake, bake_graph, skipped
 from convbn_fx.deploying.checking import check_example_inputs, check_outputs
 from convbn_fx.functional import native
 from convbn_fx.fx.graph_module import GraphModule, make_plain
-from convbn_fx.fx.matching import find_pairs
+from convbn_fx.fx.matching import find_pairs, hooks_note
 from convbn_fx.fx.notes import compiled_report
 from convbn_fx.fx.pairs import OwnedPair
 from convbn_fx.fx.private_copy import private_copy
@@ -456,6 +457,35 @@ def _filed_with(module: nn.Module) -> Iterator[Report]:
     if (filed := vars(module).get(REPORT)) is not None:
         yield filed.now()
     if isinstance(module, torch.fx.GraphModule):  # torchvision has some that lack `meta`
-        rewritten_graph = getattr(module, "meta", {}).get(META_KEY)
-        if rewritten_graph is not None:
-            yield rewritten_graph
+        filed = getattr(module, "meta", {}).get(META_KEY)
+        if filed is not None:
+            yield _graph_as_it_is_now(module, filed)
+
+
+def _graph_as_it_is_now(graph_module: torch.fx.GraphModule, filed: Report) -> Report:
+    """The report of a graph with the modules that it reads by now: exchanged, wrapped, or with hooks."""
+    fused, skipped = [], list(filed.skipped)
+    read = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
+    modules = {
+        name: part for name, part in graph_module.named_modules(remove_duplicate=False) if name in read
+    }
+    for pair in filed.fused:
+        # A function has no module of its name.
+        parts = {name: modules[name] for name in (pair.convolution, pair.batch_norm) if name in modules}
+        rows = {
+            name: kinds.convolution_kind(part) or kinds.batch_norm_kind(part) for name, part in parts.items()
+        }
+        if None in rows.values():
+            name = next(name for name, row in rows.items() if row is None)
+            detail = f"{name} is another module now, a {type(parts[name]).__name__}"
+            skipped.append(Skip(pair.batch_norm, SkipReason.CHANGED_SINCE, detail))
+            continue
+        names = {name: row.name for name, row in rows.items() if row is not None}
+        now = replace(
+            pair,
+            convolution_kind=names.get(pair.convolution, pair.convolution_kind),
+            batch_norm_kind=names.get(pair.batch_norm, pair.batch_norm_kind),
+            note=hooks_note(parts.values()) if parts else pair.note,
+        )
+        fused.append(now)
+    return Report(fused, skipped)

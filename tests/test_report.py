@@ -24,6 +24,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from torchvision.ops import FrozenBatchNorm2d
 
 import convbn_fx
 from convbn_fx import Pair as PairRecord
@@ -306,6 +307,20 @@ def test_a_pair_that_was_taken_apart_is_no_longer_said_to_be_fused(case):
     assert [pair.batch_norm for pair in report(tuned).fused] == ["other.norm"]
     assert report(tuned).skipped == [Skip("block.norm", SkipReason.CHANGED_SINCE, detail)]
     assert len(before.fused) == 2
+
+
+def test_a_graph_whose_batch_norm_was_exchanged():
+    """The graph reads its modules at every call: one that folds is told by its kind, another is no longer fused."""
+    graph_module = fused(prepared(Pair()))
+    graph_module.norm = prepared(FrozenBatchNorm2d(4))
+    (pair,) = report(graph_module).fused
+    assert pair.batch_norm_kind == "FrozenBatchNorm2d"
+    graph_module.norm.register_forward_hook(lambda *_: None)
+    (pair,) = report(graph_module).fused
+    assert pair.note == "runs unfused while it has hooks"
+    graph_module.norm = nn.GroupNorm(2, 4)
+    detail = "norm is another module now, a GroupNorm"
+    assert report(graph_module) == Report([], [Skip("norm", SkipReason.CHANGED_SINCE, detail)])
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle])

@@ -18,19 +18,10 @@ from types import (
     MethodType,
     ModuleType,
 )
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import nn
-
-
-def attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The attributes that a module itself has, those in slots as well."""
-    yield from vars(module).items()
-    for name in copyreg._slotnames(type(module)):  # type: ignore[attr-defined] # as copy.copy does
-        if hasattr(module, name):
-            yield name, getattr(module, name)
-
 
 # --- What is copied -----------------------------------------------------------------------------------------------
 
@@ -43,36 +34,47 @@ _NOT_FOLLOWED: Final = (
 )
 
 
-class Memo(dict[int, Any]):
-    """What `copy.deepcopy` is to put in the place of an object, by its id: a copy, or the object itself.
+#: How the names of attributes begin that are a module's part in a pair.
+PART_OF_PAIR: Final = "_convbn_fx_"
+
+
+class Copies(dict[int, Any]):
+    """Copies of a model's modules and of what leads to them; all else is shared, but for what a subclass copies.
+
+    By id, what `copy.deepcopy` is to put in the place of an object.
 
     Args:
         model: The model.
-        blank: Makes the empty copy of a module.
-        attributes: Of a module, those that its copy is to have.
-        not_shared: Whether a copy is to have an object of its own, wherever it is found.
-        entered: In what, besides containers, a copy is to have containers of its own.
 
     Attributes:
-        modules: The model's modules, and those it leads to that are not registered in it. Their copies are there and
-            empty; others are made when they are asked for.
-        own: What is not shared.
+        modules: The model's modules, and those it leads to that are not registered in it. Their copies are there,
+            empty until they are filled; copies of others are made when they are asked for.
+        own: What `is_own` tells of.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        blank: Callable[[nn.Module], nn.Module],
-        attributes: Callable[[nn.Module], Iterable[tuple[str, Any]]],
-        not_shared: Callable[[Any], bool] = lambda _: False,
-        entered: tuple[type, ...] = (),
-    ) -> None:
+    #: In what a copy has containers of its own.
+    entered: ClassVar[tuple[type, ...]] = (*_OWN, tuple)
+
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._entered = (*_OWN, tuple, *entered)
         self.modules = list(model.modules())
-        while unregistered := self._follow(model, attributes, not_shared):
+        while unregistered := self._follow(model):
             self.modules += unregistered
-        self.update((id(module), blank(module)) for module in self.modules)
+        self.update((id(module), self.blank(module)) for module in self.modules)
+
+    def blank(self, module: nn.Module) -> nn.Module:
+        """The empty copy of a module."""
+        instance: nn.Module = object.__new__(type(module))
+        return instance
+
+    def is_own(self, _: Any) -> bool:
+        """Whether a copy has an object of its own in the place of this one, wherever it is found."""
+        return False
+
+    def fill(self, module: nn.Module) -> None:
+        """Gives a module's copy its attributes, past the methods of the module, which look at what they are given."""
+        for name, value in _attributes(module):
+            object.__setattr__(self[id(module)], name, copy.deepcopy(value, self))
 
     def get(self, key: int, default: Any = None) -> Any:
         """The copy; the default where `copy.deepcopy` knows itself how to make it."""
@@ -89,27 +91,23 @@ class Memo(dict[int, Any]):
         """Whether no copy of a value has been made."""
         return super().get(id(value), value) is value
 
-    def _follow(
-        self,
-        model: nn.Module,
-        attributes: Callable[[nn.Module], Iterable[tuple[str, Any]]],
-        not_shared: Callable[[Any], bool],
-    ) -> list[nn.Module]:
+    def _follow(self, model: nn.Module) -> list[nn.Module]:
         """Finds what is to be copied; returns the modules among it that are not registered in the model."""
-        values = [value for module in self.modules for _, value in attributes(module)]
+        values = [value for module in self.modules for _, value in _attributes(module)]
         modules = {id(module) for module in self.modules}
-        inside, _ = _walk(values, lambda value: _references(value) if type(value) in self._entered else [])
+        inside, _ = _walk(values, lambda value: _references(value) if type(value) in self.entered else [])
         own = modules | {id(value) for value in inside.values() if type(value) in _OWN}
 
         def references(value: Any) -> list[Any]:
             if id(value) in modules or _is_around(value, model):
                 return []
+            found = _references(value)
             if issubclass(type(value), _WEAK_REFERENCES):
-                return [referent for referent in _references(value) if id(referent) in own]
-            return _references(value)
+                return [referent for referent in found if id(referent) in own]
+            return found
 
         self._reached, holders = _walk(values, references)
-        self.own = [value for value in self._reached.values() if not_shared(value)]
+        self.own = [value for value in self._reached.values() if self.is_own(value)]
         own |= {id(value) for value in self.own}
         pending = list(own)
         self._copied = own
@@ -119,6 +117,14 @@ class Memo(dict[int, Any]):
             pending += more
         found = [self._reached[key] for key in self._copied - modules if key in self._reached]
         return [value for value in found if issubclass(type(value), nn.Module)]
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What a module itself has, in slots as well, but for its part in a pair, which no copy has."""
+    yield from ((name, value) for name, value in vars(module).items() if not name.startswith(PART_OF_PAIR))
+    for name in copyreg._slotnames(type(module)):  # type: ignore[attr-defined] # as copy.copy does
+        if hasattr(module, name):
+            yield name, getattr(module, name)
 
 
 def _walk(
@@ -183,42 +189,46 @@ def _can_be_copied(value: Any) -> bool:
     return True
 
 
-def _copied_function(function: FunctionType, memo: Memo) -> FunctionType:
+def _copied_function(function: FunctionType, memo: Copies) -> FunctionType:
     closure = copy.deepcopy(function.__closure__, memo)
     blank = FunctionType(function.__code__, function.__globals__, function.__name__, None, closure)
     copied: FunctionType = memo.setdefault(id(function), blank)  # it may be in its own closure
-    functools.update_wrapper(copied, function)
-    del vars(copied)["__wrapped__"]
+    functools.update_wrapper(copied, function, updated=())
+    vars(copied).clear()
     vars(copied).update(copy.deepcopy(dict(vars(function)), memo))
     for name in ("__defaults__", "__kwdefaults__"):
         setattr(copied, name, copy.deepcopy(getattr(function, name), memo))
     return copied
 
 
-def _copied_cell(cell: CellType, memo: Memo) -> CellType:
+def _copied_cell(cell: CellType, memo: Copies) -> CellType:
     memo[id(cell)] = copied = CellType()
     copied.cell_contents = copy.deepcopy(cell.cell_contents, memo)  # an empty one leads nowhere
     return copied
 
 
-_COPIED_BY: Final[dict[type, Callable[[Any, Memo], Any]]] = {
+def _made_of(parts: Callable[[Any], tuple[Any, ...]]) -> Callable[[Any, Copies], Any]:
+    """Makes a copy by a function of copies of arguments, both of which `parts` tells."""
+
+    def copied(value: Any, memo: Copies) -> Any:
+        make, *arguments = parts(value)
+        return make(*copy.deepcopy(arguments, memo))
+
+    return copied
+
+
+_COPIED_BY: Final[dict[type, Callable[[Any, Copies], Any]]] = {
     FunctionType: _copied_function,
     CellType: _copied_cell,
-    MethodType: lambda method, memo: MethodType(
-        copy.deepcopy(method.__func__, memo), copy.deepcopy(method.__self__, memo)
-    ),
-    BuiltinMethodType: lambda method, memo: getattr(copy.deepcopy(method.__self__, memo), method.__name__),
-    weakref.ReferenceType: lambda reference, memo: weakref.ref(copy.deepcopy(reference(), memo)),
-    weakref.WeakMethod: lambda reference, memo: weakref.WeakMethod(copy.deepcopy(reference(), memo)),
-    **dict.fromkeys(
-        (weakref.ProxyType, weakref.CallableProxyType),
-        lambda proxy, memo: weakref.proxy(copy.deepcopy(_referent(proxy), memo)),
-    ),
-    weakref.WeakSet: lambda values, memo: weakref.WeakSet(copy.deepcopy(list(values), memo)),
-    **dict.fromkeys(
-        (weakref.WeakValueDictionary, weakref.WeakKeyDictionary),
-        lambda values, memo: type(values)(copy.deepcopy(dict(values), memo)),
-    ),
+    MethodType: _made_of(lambda method: (MethodType, method.__func__, method.__self__)),
+    BuiltinMethodType: _made_of(lambda method: (getattr, method.__self__, method.__name__)),
+    weakref.ReferenceType: _made_of(lambda reference: (weakref.ref, reference())),
+    weakref.WeakMethod: _made_of(lambda reference: (weakref.WeakMethod, reference())),
+    weakref.ProxyType: _made_of(lambda proxy: (weakref.proxy, _referent(proxy))),
+    weakref.CallableProxyType: _made_of(lambda proxy: (weakref.proxy, _referent(proxy))),
+    weakref.WeakSet: _made_of(lambda values: (weakref.WeakSet, list(values))),
+    weakref.WeakValueDictionary: _made_of(lambda values: (weakref.WeakValueDictionary, dict(values))),
+    weakref.WeakKeyDictionary: _made_of(lambda values: (weakref.WeakKeyDictionary, dict(values))),
 }
 
 

@@ -23,7 +23,7 @@ from convbn_fx import _torch
 from convbn_fx._torch import WrappedHook
 
 # What belongs to one GraphModule and its graph, or is merged below.
-OF_ONE_GRAPH: Final = frozenset(
+_OF_ONE_GRAPH: Final = frozenset(
     {
         "_graph",
         "_code",
@@ -77,7 +77,7 @@ class GraphModule(torch.fx.GraphModule):
         self._parameters = dict(root._parameters)
         self._modules = {**self._modules, **root._modules}
         for name, value in vars(root).items():
-            if name in OF_ONE_GRAPH or name in constants:
+            if name in _OF_ONE_GRAPH or name in constants:
                 continue
             if isinstance(value, (dict, list, set)):
                 value = value.copy()  # hooks added to one are not added to the other
@@ -115,9 +115,9 @@ class GraphModule(torch.fx.GraphModule):
         return _rebuild, (state, import_block, type(self).__name__)
 
 
-def instance_like(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """An empty GraphModule of the same class. Each instance has a subclass of its own, for its forward."""
-    return _empty(type(module), type(module).__name__)
+def instance_like(module: torch.fx.GraphModule, cls: type[torch.fx.GraphModule]) -> torch.fx.GraphModule:
+    """An empty GraphModule of a class, by the same name. Each instance has a subclass of its own, for its forward."""
+    return _empty(cls, type(module).__name__)
 
 
 def keep_all_in_copies(module: torch.fx.GraphModule) -> None:
@@ -128,7 +128,7 @@ def keep_all_in_copies(module: torch.fx.GraphModule) -> None:
 
 
 def _deepcopied(self: torch.fx.GraphModule, memo: dict[int, Any]) -> torch.fx.GraphModule:
-    memo[id(self)] = result = instance_like(self)
+    memo[id(self)] = result = instance_like(self, type(self))
     _set_state(result, copy.deepcopy(vars(self), memo))
     return result
 

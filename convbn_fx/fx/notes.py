@@ -4,9 +4,11 @@ A backend is given graphs, not the model: what it did in them is found again by 
 that is asked for.
 """
 
+import inspect
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from types import FunctionType
 from typing import Any, Final
 
 import torch
@@ -57,16 +59,22 @@ class Notes:
 
 def compiled_report(model: nn.Module) -> Report | None:
     """What was fused in the graphs that Dynamo captured of a model so far; None where it captured none."""
-    tensors = [
+    classes = {
+        cls for module in model.modules() for cls in type(module).__mro__ if cls not in nn.Module.__mro__
+    }
+    methods = _tensors_in(value for cls in classes for value in vars(cls).values())
+    tensors = [("", tensor) for tensor in methods] + [
         (without_wrappers(name), tensor)
         for name, module in model.named_modules()
-        for tensor in _tensors_of(module)
+        for tensor in _tensors_in(vars(module).values())
     ]
     names: dict[int | None, str] = {id(tensor): name for name, tensor in tensors}
     pairs: dict[tuple[str, str], Pair] = {}
     skips: dict[tuple[str, SkipReason], Skip] = {}
     for norm, tensor in tensors:
         for record, weight in vars(tensor).get(_NOTES, ()):
+            if weight is not None and weight not in names:
+                continue  # of another model that uses this tensor, too
             if isinstance(record, Skip):
                 record = replace(record, batch_norm=norm or record.batch_norm)
                 skips[record.batch_norm, record.reason] = record
@@ -84,17 +92,24 @@ def compiled_report(model: nn.Module) -> Report | None:
     return Report(list(pairs.values()), left) if pairs or skips else None
 
 
-def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
-    """Its parameters, its buffers, and the tensors that are plain attributes, in containers too."""
-    for value in vars(module).values():
-        parts = (
-            value.values()
-            if issubclass(type(value), dict)  # a weak proxy passes for what it refers to
-            else value
-            if issubclass(type(value), (list, tuple))
-            else [value]
-        )
-        yield from (part for part in parts if issubclass(type(part), Tensor))
+def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Those among values and in containers, and those of globals and closures that functions among them name."""
+    pending = list(values)
+    seen = set()
+    for value in pending:
+        kind = type(value)  # a weak proxy passes for what it refers to
+        if issubclass(kind, Tensor):
+            yield value
+        elif id(value) in seen:
+            continue
+        elif issubclass(kind, (list, tuple)):
+            pending += value
+        elif issubclass(kind, dict):
+            pending += value.values()
+        elif kind is FunctionType and not str(value.__module__).startswith("torch."):
+            named = inspect.getclosurevars(value)
+            pending += [*named.nonlocals.values(), *named.globals.values()]
+        seen.add(id(value))
 
 
 def _inputs_by_node(graph_module: torch.fx.GraphModule) -> dict[str, int]:

@@ -5,7 +5,6 @@ copy, one by one, hand their calls to the tracer; their parameters and buffers a
 of the model's own, and their other tensors are copies.
 """
 
-import copy
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from convbn_fx import _torch
-from convbn_fx.fx.copying import Memo, attributes, derived
+from convbn_fx.fx.copying import Copies, derived
 from convbn_fx.fx.proxies import READ_BY_NAME, StoredTensor
 from convbn_fx.fx.side_effects import WritesNothing, attributes_as_found, random_state_as_found
 
@@ -44,7 +43,7 @@ def private_copy(
         _torch.patch_wrapped_functions(patcher)
         private = PrivateCopy(model, stored_tensor, patcher, writes)
         try:
-            with attributes_as_found(private.originals, private.is_shared):
+            with attributes_as_found(private.modules, private.is_shared):
                 yield private
         finally:
             for module in private.originals:  # which refer to themselves, and to the model's tensors
@@ -52,7 +51,7 @@ def private_copy(
                 vars(module).update(_parameters={}, _buffers={})
 
 
-class PrivateCopy:
+class PrivateCopy(Copies):
     """The modules of the copy, and what they have in common.
 
     Args:
@@ -65,8 +64,9 @@ class PrivateCopy:
         tracer: The tracer that is at work.
         originals: The model's module for each module of the copy.
         copies: The copy's module for each module of the model.
-        is_shared: Whether a value of the model's has no copy: it is as it was found afterwards.
     """
+
+    entered = (*Copies.entered, FunctionType, CellType)
 
     def __init__(
         self,
@@ -75,34 +75,36 @@ class PrivateCopy:
         patcher: _torch.Patcher,
         writes: WritesNothing,
     ) -> None:
+        super().__init__(model)
         self.tracer: Any = None
         self.patcher = patcher
         self.writes = writes
-        memo = Memo(model, _blank, _attributes, _is_written_to, entered=(FunctionType, CellType))
-        self.is_shared = memo.is_shared
-        self.copies = {module: memo[id(module)] for module in memo.modules}
+        self.copies = {module: self[id(module)] for module in self.modules}
         self.originals = {copied: module for module, copied in self.copies.items()}
-        for module in memo.modules:
-            for tensors in (module._parameters, module._buffers):
-                memo |= {
-                    id(tensor): stored_tensor(self, tensor)
-                    for tensor in tensors.values()
-                    if tensor is not None
-                }
-        for value in memo.own:
-            if id(value) not in memo:
-                memo[id(value)] = _own(value)
+        for module in self.modules:
+            self[id(vars(module))] = vars(self.copies[module])
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None:
+                    self[id(tensor)] = stored_tensor(self, tensor)
+        for value in self.own:
+            if id(value) not in self:
+                self[id(value)] = _own(value)
         for module, copied in self.copies.items():
             if not isinstance(copied, _Opaque):
-                self._fill(copied, module, memo)
+                self.fill(module)
+                for name in ("_parameters", "_buffers"):
+                    vars(copied)[name] = _StoredTensors(vars(copied)[name])
             self._take_calls(copied)
         writes.tracing_begins()
 
-    def _fill(self, copied: nn.Module, module: nn.Module, memo: Memo) -> None:
-        for name, value in _attributes(module):
-            object.__setattr__(copied, name, copy.deepcopy(value, memo))
-        for name in ("_parameters", "_buffers"):
-            vars(copied)[name] = _StoredTensors(vars(copied)[name])
+    def blank(self, module: nn.Module) -> nn.Module:
+        """The empty copy of a module; what stands for one that cannot be copied."""
+        return _Opaque(module) if isinstance(module, torch.jit.ScriptModule) else super().blank(module)
+
+    def is_own(self, value: Any) -> bool:
+        """Tensors and arrays: a forward may write to them."""
+        numpy: Any = sys.modules.get("numpy")
+        return issubclass(type(value), Tensor) or (numpy is not None and type(value) is numpy.ndarray)
 
     def _take_calls(self, module: nn.Module) -> None:
         """Has calls of a module go to the tracer."""
@@ -127,24 +129,6 @@ class PrivateCopy:
             for name, value in list(namespace.items()):
                 if callable(value) and id(value) in self.tracer._autowrap_function_ids and name[:1] != "_":
                     self.patcher.patch(namespace, name, _torch.create_wrapped_function(value))
-
-
-def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """All but what belongs to a module's part in a pair, which has none in the copy."""
-    return ((name, value) for name, value in attributes(module) if not name.startswith("_convbn_fx_"))
-
-
-def _blank(module: nn.Module) -> nn.Module:
-    if isinstance(module, torch.jit.ScriptModule):
-        return _Opaque(module)
-    instance: nn.Module = object.__new__(type(module))
-    return instance
-
-
-def _is_written_to(value: Any) -> bool:
-    """Whether a forward may write to what a value holds, wherever it has it from."""
-    numpy: Any = sys.modules.get("numpy")
-    return issubclass(type(value), Tensor) or (numpy is not None and type(value) is numpy.ndarray)
 
 
 def _own(value: Any) -> Any:

@@ -1,6 +1,5 @@
 """What a forward does besides computing its output, while it is traced: left out, or undone."""
 
-import copy
 import random
 import sys
 import weakref
@@ -137,17 +136,18 @@ def attributes_as_found(
             if id(inside) not in known:
                 known.add(id(inside))
                 containers.append((inside, inside_is_of_module))
-    found = [(container, copy.copy(container)) for container, _ in containers if may_change(container)]
+    found = [(container, _parts(container)) for container, _ in containers if may_change(container)]
     try:
         yield
     finally:
-        for container, content in found:
-            if _identities(container) != _identities(content):
+        for container, parts in found:
+            if list(map(id, _parts(container))) != list(map(id, parts)):
                 container.clear()
-                (container.extend if isinstance(container, (list, deque)) else container.update)(content)
+                if isinstance(container, dict):
+                    container.update(zip(parts[: len(parts) // 2], parts[len(parts) // 2 :], strict=True))
+                else:
+                    (container.update if isinstance(container, set) else container.extend)(parts)
 
 
-def _identities(container: Any) -> Any:
-    if isinstance(container, dict):
-        return [(key, id(value)) for key, value in container.items()]
-    return sorted(map(id, container)) if isinstance(container, set) else list(map(id, container))
+def _parts(container: Any) -> list[Any]:
+    return [*container, *container.values()] if isinstance(container, dict) else list(container)

@@ -17,16 +17,17 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from convbn_fx import kinds
-from convbn_fx.fx.copying import derived
+from convbn_fx.fx.copying import PART_OF_PAIR, derived
 from convbn_fx.tuning.deferred import Scope, Uncounted, defer, materialized, running, waiting_in
 from convbn_fx.tuning.function_pairs import while_running
 
 #: Attributes of tuned modules, in their `__dict__`.
-PAIRING: Final = "_convbn_fx_pairing"
-SCOPE: Final = "_convbn_fx_scope"
-FUNCTION_CALLS: Final = "_convbn_fx_function_calls"
-REPORT: Final = "_convbn_fx_report"
-STAYS_IN_EVAL_MODE: Final = "_convbn_fx_stays_in_eval_mode"
+PAIRING: Final = f"{PART_OF_PAIR}pairing"
+SCOPE: Final = f"{PART_OF_PAIR}scope"
+FUNCTION_CALLS: Final = f"{PART_OF_PAIR}function_calls"
+REPORT: Final = f"{PART_OF_PAIR}report"
+#: What copies have, too.
+STAYS_IN_EVAL_MODE: Final = "convbn_fx_stays_in_eval_mode"
 
 
 def _convolution_forward(cls: type[nn.Module], name: str) -> Callable[..., Any]:

@@ -672,6 +672,50 @@ def test_statistics_that_are_plain_tensors(where):
     assert (pair.convolution, pair.batch_norm) == ("conv", "batch_norm")
 
 
+MEAN, VAR, WEIGHT = data(4), data(4).square(), data(4, 3, 3, 3)
+
+
+def normalised_by_globals(y):
+    return F.batch_norm(y, MEAN, VAR)
+
+
+NAMED_BY_CODE = {
+    "statistics": lambda m, x: F.batch_norm(m.conv(x), MEAN, VAR),
+    "statistics that a function names": lambda m, x: normalised_by_globals(m.conv(x)),
+    "all operands": lambda m, x: F.batch_norm(F.conv2d(x, WEIGHT), MEAN, VAR),
+    "all operands, some of a function": lambda m, x: normalised_by_globals(F.conv2d(x, WEIGHT)),
+}
+
+
+@pytest.mark.parametrize("forward", NAMED_BY_CODE)
+def test_operands_that_are_global_tensors(forward, monkeypatch):
+    for name in ("MEAN", "VAR", "WEIGHT"):  # what two models name alike is told of both
+        monkeypatch.setitem(globals(), name, globals()[name].clone())
+
+    class Model(Pair):
+        def forward(self, x):
+            return NAMED_BY_CODE[forward](self, x)
+
+    model = Model().double().eval()
+    candidate = compiled(model)
+    assert_equivalent(model, candidate, X)
+    (pair,) = report(candidate).fused
+    assert pair.batch_norm == "batch_norm"
+
+
+def test_blocks_that_share_global_statistics():
+    class Block(Pair):
+        def forward(self, x):
+            return F.batch_norm(self.conv(x), MEAN, VAR)
+
+    model = nn.Sequential(*(Block(nn.Conv2d(channels, 4, 3)) for channels in (3, 4))).double().eval()
+    candidate, another = compiled(model, fullgraph=True), compiled(Block().double().eval())
+    candidate(X)
+    assert [pair.convolution for pair in report(candidate).fused] == ["0.conv", "1.conv"]
+    with pytest.raises(ValueError, match="nothing in this"):
+        report(another)
+
+
 def test_statistics_that_are_constants_of_the_graph():
     def forward(m, x):
         y = m.conv(x)
