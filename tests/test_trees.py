@@ -310,9 +310,13 @@ def check_transform(tree):
         assert snapshot(original) == before
         assert_same(values, state(original), "state after symbolic_trace")
     transformed = made(convbn_fx.transform, traced)
+    # A forward that writes does so twice where a checkpoint runs it again, and once in a graph, which has no checkpoint.
+    writes_again = any("momentum" in feature for feature in features_of(tree))
+    gradients = not (writes_again and any("checkpoint" in around for around in tree.around))
     for name in ("forward", "twice", "no_grad", "inference_mode"):
-        expected = outcome(tree, reference.model, reference.parameters, ways(tree)[name])
-        assert_same(expected, outcome(tree, transformed, original.parameters, ways(tree)[name]), name)
+        expected = outcome(tree, reference.model, reference.parameters, ways(tree)[name], gradients)
+        actual = outcome(tree, transformed, original.parameters, ways(tree)[name], gradients)
+        assert_same(expected, actual, name)
         if not any("checkpoint" in around for around in tree.around):  # which a graph does without
             assert_same(state(reference), state(original), f"state after {name}")
     assert snapshot(original) == before

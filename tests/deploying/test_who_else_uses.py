@@ -45,6 +45,29 @@ class Alone(nn.Module):
         return self.get(self)(x)
 
 
+class ByGradMode(nn.Module):
+    """A batch norm after one convolution where gradients are recorded, and after another where they are not."""
+
+    def __init__(self, asks):
+        super().__init__()
+        self.asks = asks
+        self.conv, self.norm, self.other = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        if torch.is_grad_enabled() if self.asks == "grad" else torch.is_inference_mode_enabled():
+            return self.norm(self.conv(x))
+        return self.norm(self.other(x))
+
+
+@pytest.mark.parametrize("asks", ["grad", "inference"])
+def test_what_is_around_a_call_decides(asks):
+    model = prepared(ByGradMode(asks))
+    deployed = deploy(model)
+    for around in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with around():
+            torch.testing.assert_close(deployed(X), model(X), rtol=1e-9, atol=1e-9)
+
+
 class Holder:
     """An object that is no module."""
 

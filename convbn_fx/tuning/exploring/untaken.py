@@ -247,8 +247,22 @@ def _condition(instructions: tuple[dis.Instruction, ...], branch: int) -> list[d
 
 
 def _asks_attributes_alone(condition: list[dis.Instruction]) -> bool:
-    """Whether a condition reads no variable but the first, `self`."""
-    return all(name in ("self", "cls") for each in condition for name in _variables(each))
+    """Whether a condition reads no variable but the first, `self`, and calls nothing that tells what is around it."""
+    return all(name in ("self", "cls") for each in condition for name in _variables(each)) and not any(
+        each.opname in ("LOAD_METHOD", "LOAD_ATTR") and each.argval in _AROUND_A_CALL for each in condition
+    )
+
+
+#: What a forward may ask about its surroundings, and goes another way by, with the same modules and arguments.
+_AROUND_A_CALL: Final = frozenset(
+    {
+        "get_autocast_dtype",
+        "is_autocast_cache_enabled",
+        "is_autocast_enabled",
+        "is_grad_enabled",
+        "is_inference_mode_enabled",
+    }
+)
 
 
 def _asks_whether_tensors(condition: list[dis.Instruction], outputs: set[str]) -> bool:
