@@ -310,7 +310,7 @@ def check_transform(tree):
         assert snapshot(original) == before
         assert_same(values, state(original), "state after symbolic_trace")
     transformed = made(convbn_fx.transform, traced)
-    # A forward that writes does so twice where a checkpoint runs it again, and once in a graph, which has no checkpoint.
+    # A forward that writes does so twice where a checkpoint runs it again, once in a graph, which has no checkpoint.
     writes_again = any("momentum" in feature for feature in features_of(tree))
     gradients = not (writes_again and any("checkpoint" in around for around in tree.around))
     for name in ("forward", "twice", "no_grad", "inference_mode"):
