@@ -50,15 +50,15 @@ test-slow: $(READY) ## Run the slow tests
 test-all: test test-slow ## Run every test
 
 # The oldest version that is still to be had as a build for CPUs alone. Its torchvision is not, so that the tests that
-# need one are left out; pytest's first lines name them. What an older PyTorch deprecates of itself is no error, and an older Triton's
-# interpreter needs an older NumPy.
+# need one are left out; pytest's first lines name them. What an older PyTorch deprecates of itself is no
+# error.
 TORCH := 2.13.0
 
 test-torch: ## Run the tests that need torch alone on another version: make test-torch TORCH=2.13.0+cpu
 	@rm -rf build/torch && $(PYTHON) -m venv build/torch
 	@grep -E '^(editables|hatchling|hypothesis|pydot|pytest)' constraints.txt >build/torch/constraints.txt
 	@build/torch/bin/python -m pip install --quiet --disable-pip-version-check --constraint build/torch/constraints.txt \
-		'torch==$(TORCH)' 'numpy<2.4' hypothesis pydot pytest pytest-timeout pytest-xdist hatchling editables
+		'torch==$(TORCH)' numpy hypothesis pydot pytest pytest-timeout pytest-xdist hatchling editables
 	@build/torch/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable .
 	@OMP_NUM_THREADS=1 build/torch/bin/python -m pytest --numprocesses auto --dist worksteal \
 		-W ignore::DeprecationWarning -W ignore::FutureWarning

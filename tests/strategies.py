@@ -85,9 +85,9 @@ class Step(Brief):
         return self.sources
 
     @property
-    def overwrites(self) -> bool:
-        """Whether it changes a tensor in place: its input, or running statistics."""
-        return False
+    def may_write(self) -> bool:
+        """Whether it may change a tensor in place: convolutions and frozen batch norms are known not to."""
+        return True
 
     def shape(self, *shapes: Shape) -> Shape:
         return shapes[0]
@@ -144,6 +144,7 @@ class Conv(Step):
 
     name = "conv"
     makes_new_tensor = True
+    may_write = False
 
     @property
     def rank(self) -> int:
@@ -223,8 +224,8 @@ class Norm(Step):
         return self.training or not self.tracked
 
     @property
-    def overwrites(self) -> bool:
-        return self.training and self.tracked
+    def may_write(self) -> bool:
+        return self.uses_batch_statistics
 
     @staticmethod
     def can_read(shape: Shape) -> bool:
@@ -264,10 +265,6 @@ class Activation(Step):
     in_place: bool = False
 
     name = "activation"
-
-    @property
-    def overwrites(self) -> bool:
-        return self.in_place
 
     def build(self) -> nn.Module | None:
         return nn.ELU(inplace=self.in_place) if self.form == "module" else None
@@ -348,11 +345,6 @@ class Block(Step):
     result_shape: Shape
 
     name = "block"
-
-    @property
-    def overwrites(self) -> bool:
-        """It may, as far as one can tell from the outside."""
-        return True
 
     @property
     def ends_in_convolution(self) -> bool:
@@ -609,7 +601,7 @@ def _reasons_between(
     between = [
         call for call in program.calls if conv.result < places.get(call.result, call.result) < norm.result
     ]
-    if any(call.step.overwrites for call in between):
+    if any(call.step.may_write for call in between):
         reasons.add(SkipReason.MODIFIED_IN_BETWEEN)
     return reasons
 

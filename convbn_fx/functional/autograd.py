@@ -27,7 +27,7 @@ from convbn_fx.functional.arithmetic import (
     scaled,
 )
 from convbn_fx.functional.autocast import without_autocast
-from convbn_fx.functional.folding import folding
+from convbn_fx.functional.folding import Folding
 from convbn_fx.functional.geometry import Geometry
 from convbn_fx.operands import BatchNorm, Convolution
 
@@ -91,7 +91,7 @@ class _FusedConvolution(torch.autograd.Function):
                 ]
                 conv = conv._replace(weight=_to(input.dtype, weight), bias=_to(input.dtype, bias))
                 return batch_norm(norm, convolution(conv, input))
-            return convolution(Convolution(conv.op, *folding(conv, norm).parameters(), *conv[3:]), input)
+            return convolution(Convolution(conv.op, *Folding(conv, norm).parameters(), *conv[3:]), input)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -106,7 +106,7 @@ def _gradients_of_folded(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, 
     input, weight, bias, gamma, running_mean, running_var = ctx.saved_tensors
     conv = Convolution(ctx.conv.op, weight, bias, *ctx.conv[3:])
     norm = BatchNorm(running_mean, running_var, gamma, None, ctx.eps)
-    fold = folding(conv, norm)
+    fold = Folding(conv, norm)
     fused_weight = fold.weight() if wants_input else None
     grad_input, grad_weight = _convolution_backward(ctx, grad_output, input, fused_weight)
     grad_shift = _sum_over_positions(grad_output) if wants_bias or wants_gamma or wants_beta else None

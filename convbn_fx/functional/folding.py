@@ -5,13 +5,10 @@ With `dW'` and `db'` the gradients of the convolution with the fused parameters,
     dW = scale dW',   db = scale db',   dbeta = db',   dgamma = (<dW', W> + db' (b - mu)) / sqrt(var + eps).
 """
 
-import importlib
-from functools import cache
-from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from convbn_fx.functional.arithmetic import (
     along_output_channels,
@@ -116,24 +113,3 @@ class Folding:
         else:
             grad_weight = None
         return grad_weight, self.scale * grad_shift if wants_bias else None, grad_gamma
-
-
-def folding(conv: Convolution, norm: BatchNorm) -> Folding:
-    """The fastest folding of these operands; one to be differentiated again while gradients are recorded."""
-    if (
-        norm.running_var.is_cuda
-        and type(conv.weight) in (Tensor, nn.Parameter)
-        and not torch.is_grad_enabled()
-    ):
-        kernels = _triton_kernels()
-        if kernels is not None and kernels.applies_to(conv, norm):
-            return kernels.KernelFolding(conv, norm)  # type: ignore[no-any-return]
-    return Folding(conv, norm)
-
-
-@cache
-def _triton_kernels() -> ModuleType | None:
-    try:
-        return importlib.import_module("convbn_fx.functional.triton_kernels")
-    except ImportError:  # Triton is optional
-        return None

@@ -3,11 +3,10 @@
 One small predicate per reason to refuse, in the order in which a user would ask.
 """
 
-import inspect
 import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import nn
@@ -108,7 +107,7 @@ def _match(node: Node, name: str, root: nn.Module, include_training: bool) -> Ma
     _check_channels(convolution, batch_norm, root)
     position = _position(convolution_node, node, batch_norm)
     for between in _nodes_between(convolution_node, node):
-        if _may_change_tensors(between, root):
+        if _may_write(between, root):
             raise Refusal(SkipReason.MODIFIED_IN_BETWEEN, between.name)
     return Match(
         Pair(
@@ -300,7 +299,7 @@ def reads_metadata(node: Node) -> bool:
     """Whether a node reads of a tensor what is known without its values."""
     if node.op == "call_function" and node.target is getattr:
         return node.args[1] in ("ndim", "shape", "dtype", "device", "is_cuda")
-    return node.op == "call_method" and node.target in (
+    return node.target is torch.is_tensor or node.target in (
         "dim",
         "ndimension",
         "size",
@@ -319,110 +318,42 @@ def _nodes_between(first: Node, last: Node) -> Iterator[Node]:
         node = node.next
 
 
-# Functions of these modules do what their documentation says; a function of the user's own may do anything.
-_KNOWN_MODULES: Final = frozenset(
-    {
-        "torch",
-        "torch.functional",
-        "torch.nn.functional",
-        "torch._C._nn",
-        "torch._C._special",
-        "torch._C._linalg",
-        "math",
-        "_operator",
-    }
-)
-_PURE_BUILTINS: Final = frozenset(
-    {getattr, len, min, max, sum, abs, round, int, float, bool, tuple, list, slice}
-)
-_IN_PLACE_OPERATORS: Final = frozenset(
-    name
-    for name in vars(operator)
-    if name.startswith("i") and hasattr(operator, f"__{name}__") and name not in ("index", "inv", "invert")
-) | {"setitem", "delitem"}
-
-
-# These write to running statistics, whatever their names and schemas say.
-_UPDATES_STATISTICS: Final = frozenset(
-    {
-        "instance_norm",
-        "batch_norm_update_stats",
-        "batch_norm_gather_stats",
-        "batch_norm_gather_stats_with_counts",
-    }
-)
-
-
-def _may_change_tensors(node: Node, root: nn.Module) -> bool:
-    """Whether the node may write to a tensor that a convolution or a batch norm reads. Errs on the side of yes."""
-    if node.op in ("placeholder", "get_attr", "output") or _is_number(node):
-        return False
-    if node.op == "call_module":
-        return not _is_pure(_module_of(node, root))
-    if node.kwargs.get("out") is not None:
-        return True
-    if node.op == "call_method":
-        return not hasattr(torch.Tensor, str(node.target)) or _is_in_place(str(node.target), "torch")
+def _may_write(node: Node, root: nn.Module) -> bool:
+    """Whether the node may write to a tensor that a convolution or a batch norm reads: whatever is not known does."""
     target: Any = node.target
-    if isinstance(target, _torch.OpOverload):
-        return bool(target._schema.is_mutable) or target._opname in _UPDATES_STATISTICS
-    if target is functional.conv_batch_norm:
-        operands = [arg for arg in node.args[:2] if isinstance(arg, Node) and arg.op == "get_attr"]
-        return not all(_is_pure(root.get_submodule(str(operand.target))) for operand in operands)
+    if node.op in ("placeholder", "get_attr") or _is_number(node) or target in kinds.CONVOLUTION_FUNCTIONS:
+        return False
     if target in kinds.BATCH_NORM_FUNCTIONS:
-        _, training, _ = kinds.BATCH_NORM_FUNCTIONS[target].operands(*node.args, **node.kwargs)
-        return training is not False
-    if getattr(target, "__module__", None) in _KNOWN_MODULES:
-        return (
-            _is_in_place(target.__name__, target.__module__)
-            or target.__name__ in _UPDATES_STATISTICS
-            or _asks_for_in_place(node)
-        )
-    return target not in _PURE_BUILTINS
+        try:
+            _batch_norm_function_call(node)
+        except Refusal:
+            return True
+        return False
+    if isinstance(target, _torch.OpOverload):
+        # Schemas do not tell of running statistics.
+        return bool(target._schema.is_mutable) or "norm" in target._opname
+    if node.op == "call_module" or target is functional.conv_batch_norm:
+        called = [node] if node.op == "call_module" else node.args[:2]
+        modules = [
+            _module_of(part, root) for part in called if isinstance(part, Node) and part.op != "call_function"
+        ]
+        return not all(_is_known_and_frozen(part) for module in modules for part in module.modules())
+    return True
 
 
 def _is_number(value: Any) -> bool:
-    """Whether the value is computed from shapes and constants alone, by operators: then it is no tensor."""
+    """Whether the value is computed from shapes and constants alone."""
     if not isinstance(value, Node):
         return isinstance(value, (int, float, str, type(None)))  # a tuple may hold a tensor
     if reads_metadata(value):
         return True
-    of_operator = getattr(value.target, "__module__", None) in ("_operator", "math")
-    return of_operator and not value.kwargs and all(_is_number(arg) for arg in value.args)
+    is_known = getattr(value.target, "__module__", None) in ("_operator", "math", "torch")
+    return is_known and not value.kwargs and all(_is_number(arg) for arg in value.args)
 
 
-def _is_in_place(name: str, module: str) -> bool:
-    """By PyTorch's convention, and Python's list of in-place operators."""
-    if module == "_operator" or name.startswith("__"):
-        return name.strip("_") in _IN_PLACE_OPERATORS
-    return name.endswith("_")
-
-
-def _asks_for_in_place(node: Node) -> bool:
-    target: Any = node.target
-    try:
-        arguments = inspect.signature(target).bind(*node.args, **node.kwargs).arguments
-    except (TypeError, ValueError):  # a builtin without a signature: the in-place ones have names that say so
-        arguments = node.kwargs
-    # An embedding with max_norm renormalises its weight.
-    return arguments.get("inplace", False) is not False or arguments.get("max_norm") is not None
-
-
-def _is_pure(module: nn.Module) -> bool:
-    """Whether calling the module leaves every tensor as it was: known classes, not in place, no tracked statistics."""
-    return all(
-        (
-            type(part).__module__.startswith("torch.nn.modules.")
-            or kinds.convolution_kind(part) is not None
-            or kinds.batch_norm_kind(part) is not None
-        )
-        and "forward" not in vars(part)
-        and not kinds.has_hooks(part)
-        and not getattr(part, "inplace", False)
-        and getattr(part, "max_norm", None) is None
-        and not (part.training and getattr(part, "running_mean", None) is not None)
-        for part in module.modules()
-    )
+def _is_known_and_frozen(module: nn.Module) -> bool:
+    known = kinds.convolution_kind(module) or kinds.frozen_kind(module)
+    return known is not None and not kinds.has_hooks(module)
 
 
 # --- What the report adds ----------------------------------------------------------------------------------------
