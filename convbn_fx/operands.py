@@ -1,19 +1,30 @@
 """The operands of a convolution and of a batch norm in one normal form, whichever way a model spelt them."""
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple
+
+from torch import Tensor
+
+if TYPE_CHECKING:  # typing's own takes a default from Python 3.13 on
+    from typing_extensions import TypeVar
+
+    T = TypeVar("T", default=Tensor)
+else:
+    from typing import TypeVar
+
+    T = TypeVar("T")
 
 
-class Convolution(NamedTuple):
+class Convolution(NamedTuple, Generic[T]):
     """Operands of a functional convolution or linear layer, besides its input.
 
-    The tensors are tensors at run time and graph nodes in a rewritten graph. `op` says which PyTorch function is
-    meant (autocast treats `conv2d` and `convolution` differently): a key of
+    `T` is a tensor at run time, and a node in a graph, where numbers may be nodes as well. `op` says which PyTorch
+    function is meant (autocast treats `conv2d` and `convolution` differently): a key of
     [`OPERATIONS`][convbn_fx.functional.arithmetic.OPERATIONS].
     """
 
     op: str
-    weight: Any
-    bias: Any = None
+    weight: T
+    bias: T | None = None
     stride: Any = 1
     padding: Any = 0
     dilation: Any = 1
@@ -22,11 +33,11 @@ class Convolution(NamedTuple):
     groups: Any = 1
 
 
-class BatchNorm(NamedTuple):
+class BatchNorm(NamedTuple, Generic[T]):
     """Operands of a batch norm with frozen statistics, besides its input: four vectors of shape (C,), and eps."""
 
-    running_mean: Any
-    running_var: Any
-    weight: Any = None
-    bias: Any = None
+    running_mean: T
+    running_var: T
+    weight: T | None = None
+    bias: T | None = None
     eps: Any = 1e-5

@@ -95,13 +95,8 @@ MUTANTS = [
         "self.scale",
         "torch.ones_like(self.scale)",
     ),
-    Mutant("weight not scaled", "functional.folding.Folding.weight", "* self.weight_scale", ""),
-    Mutant(
-        "weight scaled twice",
-        "functional.folding.Folding.weight",
-        "self.weight_scale",
-        "self.weight_scale ** 2",
-    ),
+    Mutant("weight not scaled", "functional.folding.Folding.weight", "self.scale", "self.scale ** 0"),
+    Mutant("weight scaled twice", "functional.folding.Folding.weight", "self.scale", "self.scale ** 2"),
     Mutant(
         "input channels scaled",
         "functional.arithmetic.along_output_channels",

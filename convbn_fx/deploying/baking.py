@@ -122,7 +122,7 @@ def _members(model: nn.Module, pair: OwnedPair) -> tuple[nn.Module, nn.Module]:
     return model.get_submodule(pair.convolution_module), model.get_submodule(pair.record.batch_norm)
 
 
-def _named(pair: OwnedPair) -> Convolution | None:
+def _named(pair: OwnedPair) -> Convolution[str] | None:
     return pair.operands if isinstance(pair.operands, Convolution) else None
 
 
@@ -148,7 +148,7 @@ def _check_what_is_between(model: nn.Module, pairs: list[OwnedPair]) -> None:
 
 
 def _replacements(
-    members: list[tuple[nn.Module, nn.Module, Convolution | None]], doubts: dict[int, Refusal]
+    members: list[tuple[nn.Module, nn.Module, Convolution[str] | None]], doubts: dict[int, Refusal]
 ) -> list[tuple[nn.Module, nn.Module]]:
     """Each module of a group, and what takes its place."""
     members = list({(id(conv), id(norm), call): (conv, norm, call) for conv, norm, call in members}.values())
@@ -236,7 +236,7 @@ class _WithRank(NamedTuple):
 
 
 def _baked(
-    conv: nn.Module | Convolution, norm: nn.Module | BatchNorm, call: Convolution | None = None
+    conv: nn.Module | Convolution, norm: nn.Module | BatchNorm, call: Convolution[str] | None = None
 ) -> _WithRank:
     """A plain module that computes what the two compute one after the other, with parameters of its own.
 
@@ -271,12 +271,12 @@ def _baked(
     return _WithRank(plain, weight.ndim)
 
 
-def _bias_name(call: Convolution) -> str:
+def _bias_name(call: Convolution[str]) -> str:
     """Where a forward that passes no bias may look for one."""
     return "bias" if call.bias is None else str(call.bias)
 
 
-def _like(conv: Any, call: Convolution) -> tuple[nn.Module, Convolution]:
+def _like(conv: Any, call: Convolution[str]) -> tuple[nn.Module, Convolution]:
     """A copy of a module that is to have parameters of its own, and the operands to fold."""
     name = _bias_name(call)
     weight, bias = conv._parameters.get(call.weight), conv._parameters.get(name)
@@ -287,7 +287,7 @@ def _like(conv: Any, call: Convolution) -> tuple[nn.Module, Convolution]:
     copied = object.__new__(type(conv))
     vars(copied).update(vars(conv), _parameters=dict(conv._parameters))
     vars(copied).pop(name, None)
-    return copied, call._replace(weight=weight, bias=bias)
+    return copied, Convolution(call.op, weight, bias, *call[3:])
 
 
 def _trains(conv: nn.Module | Convolution, operands: Convolution) -> bool:

@@ -16,8 +16,8 @@ from convbn_fx.functional.arithmetic import (
     is_eager,
     plus_centred,
     products,
-    rounded,
     scale_of,
+    scaled,
 )
 from convbn_fx.operands import BatchNorm, Convolution
 
@@ -57,7 +57,7 @@ def fold(conv: Convolution, norm: BatchNorm) -> tuple[Tensor, Tensor]:
 
 
 class Folding:
-    """A convolution and the batch norm after it, about to become one convolution; for CPU and any other device.
+    """A convolution and the batch norm after it, about to become one convolution.
 
     Args:
         conv: The convolution.
@@ -66,11 +66,8 @@ class Folding:
 
     def __init__(self, conv: Convolution, norm: BatchNorm) -> None:
         self.conv, self.norm = conv, norm
-        self.inverse = inverse_deviation(norm.running_var, norm.eps)
-        self.scale = scale_of(norm.weight, self.inverse)
-        self.weight_scale = (
-            None if conv.weight is None else along_output_channels(self.scale, conv.weight, conv)
-        )
+        self.inverse = inverse_deviation(norm.running_var, norm.eps)  # (C_out,)
+        self.scale = scale_of(norm.weight, self.inverse)  # (C_out,)
 
     def parameters(self) -> tuple[Tensor, Tensor]:
         """The fused weight and the fused bias."""
@@ -79,8 +76,7 @@ class Folding:
 
     def weight(self) -> Tensor:
         """The fused weight alone."""
-        weight = self.conv.weight
-        return rounded(weight * self.weight_scale, weight.dtype)
+        return scaled(self.conv.weight, self.scale, self.conv)
 
     def gradients(
         self, grad_weight: Any, grad_shift: Any, spare: Tensor | None, *wanted: bool
@@ -102,14 +98,14 @@ class Folding:
         grad_gamma = None
         if wants_gamma:
             out = spare if in_place and is_eager(grad_weight) else None
-            per_scale = products(grad_weight, self.conv.weight, self.conv, out)
-            centred = plus_centred(per_scale, grad_shift, self.conv.bias, self.norm.running_mean)
+            per_scale = products(grad_weight, self.conv.weight, self.conv, out)  # (C_out,)
+            centred = plus_centred(per_scale, grad_shift, self.conv.bias, self.norm.running_mean)  # (C_out,)
             grad_gamma = centred * self.inverse
         if wants_weight:
-            scale = self.weight_scale
-            if scale is None:
-                scale = along_output_channels(self.scale, grad_weight, self.conv)
+            scale = along_output_channels(self.scale, grad_weight, self.conv)
             grad_weight = grad_weight.mul_(scale) if in_place else grad_weight * scale
-        else:
-            grad_weight = None
-        return grad_weight, self.scale * grad_shift if wants_bias else None, grad_gamma
+        return (
+            grad_weight if wants_weight else None,
+            self.scale * grad_shift if wants_bias else None,
+            grad_gamma,
+        )

@@ -82,7 +82,7 @@ class _BatchNormCall:
 
     kind: BatchNormKind
     input: Any
-    operands: Any  # qualified module name or BatchNorm of nodes
+    operands: str | BatchNorm[Node]  # a module by its qualified name
     mode_is_constant: bool
 
 
@@ -143,9 +143,9 @@ def _batch_norm_module_call(node: Node, module: nn.Module, include_training: boo
         raise Refusal(SkipReason.NO_RUNNING_STATISTICS)
     match node.args, node.kwargs:
         case ((input,), {**rest}) if not rest:
-            return _BatchNormCall(kind, input, node.target, False)
+            return _BatchNormCall(kind, input, str(node.target), False)
         case ((), {"input": input, **rest}) | ((), {"x": input, **rest}) if not rest:
-            return _BatchNormCall(kind, input, node.target, False)
+            return _BatchNormCall(kind, input, str(node.target), False)
     raise Refusal(SkipReason.UNUSUAL_CALL, node.format_node() or node.name)
 
 
@@ -182,7 +182,7 @@ class _ConvolutionCall:
 
     name: str
     kind: ConvolutionKind
-    operands: Any  # qualified module name or Convolution of nodes
+    operands: str | Convolution[Node]  # a module by its qualified name
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
@@ -223,14 +223,15 @@ def _output_channels(convolution: _ConvolutionCall, root: nn.Module) -> int | No
     if isinstance(operands, str):
         module: Any = root.get_submodule(operands)
         weight = module._parameters.get("weight") if _is_read_plainly(convolution.kind) else None
-        operands = Convolution(
-            "", weight, transposed=getattr(module, "transposed", False), groups=getattr(module, "groups", 1)
-        )
+        transposed, groups = getattr(module, "transposed", False), getattr(module, "groups", 1)
     else:
-        operands = operands._replace(weight=_constant(operands.weight, root))
-    is_known = isinstance(operands.weight, torch.Tensor) and operands.weight.ndim > 1
-    is_known = is_known and isinstance(operands.transposed, bool) and isinstance(operands.groups, int)
-    return output_channels(operands) if is_known else None
+        weight = _constant(operands.weight, root)
+        transposed, groups = operands.transposed, operands.groups
+    if not (isinstance(weight, torch.Tensor) and weight.ndim > 1):
+        return None
+    if not (isinstance(transposed, bool) and isinstance(groups, int)):
+        return None
+    return output_channels(Convolution("", weight, transposed=transposed, groups=groups))
 
 
 def _normalised_channels(batch_norm: _BatchNormCall, root: nn.Module) -> int | None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from convbn_fx.operands import Convolution
+from convbn_fx.operands import BatchNorm, Convolution
 from convbn_fx.records import Pair
 
 
@@ -31,8 +31,8 @@ class Match:
     batch_norm_node: Node
     output_node: Node
     position: Node
-    convolution: Any
-    batch_norm: Any
+    convolution: str | Convolution[Node]
+    batch_norm: str | BatchNorm[Node]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
@@ -81,7 +81,7 @@ class OwnedPair:
     methods: frozenset[str]
     between: frozenset[str]
     site: Site | None = None
-    operands: Convolution | str | None = None
+    operands: Convolution[str] | str | None = None
     to_function: bool = False
 
     @property

@@ -10,102 +10,103 @@ import torch
 from torch.nn import functional as F
 
 from convbn_fx.kinds.rows import BatchNormKind, ConvolutionKind
-from convbn_fx.operands import BatchNorm, Convolution
+from convbn_fx.operands import BatchNorm, Convolution, T
 
 aten = torch.ops.aten
+Reader = Callable[..., tuple[Any, Convolution[Any]]]
 
 # --- Readers: these signatures are those of the functions ---------------------------------------------------------
 
 
-def conv_call(op: str) -> Callable[..., tuple[Any, Convolution]]:
+def conv_call(op: str) -> Reader:
     """Reads `torch.conv1d` and its like."""
 
     def operands(
-        input: Any,
-        weight: Any,
-        bias: Any = None,
+        input: T,
+        weight: T,
+        bias: T | None = None,
         stride: Any = 1,
         padding: Any = 0,
         dilation: Any = 1,
         groups: Any = 1,
-    ) -> tuple[Any, Convolution]:
+    ) -> tuple[T, Convolution[T]]:
         return input, Convolution(op, weight, bias, stride, padding, dilation, groups=groups)
 
     return operands
 
 
-def conv_transpose_call(op: str) -> Callable[..., tuple[Any, Convolution]]:
+def conv_transpose_call(op: str) -> Reader:
     """Reads `torch.conv_transpose1d` and its like, whose `groups` comes before `dilation`."""
 
     def operands(
-        input: Any,
-        weight: Any,
-        bias: Any = None,
+        input: T,
+        weight: T,
+        bias: T | None = None,
         stride: Any = 1,
         padding: Any = 0,
         output_padding: Any = 0,
         groups: Any = 1,
         dilation: Any = 1,
-    ) -> tuple[Any, Convolution]:
+    ) -> tuple[T, Convolution[T]]:
         return input, Convolution(op, weight, bias, stride, padding, dilation, True, output_padding, groups)
 
     return operands
 
 
 def convolution_call(
-    input: Any,
-    weight: Any,
-    bias: Any,
+    input: T,
+    weight: T,
+    bias: T | None,
     stride: Any,
     padding: Any,
     dilation: Any,
     transposed: bool,
     output_padding: Any,
     groups: Any,
-) -> tuple[Any, Convolution]:
+) -> tuple[T, Convolution[T]]:
     """Reads `torch.convolution`."""
     return input, Convolution(
         "convolution", weight, bias, stride, padding, dilation, transposed, output_padding, groups
     )
 
 
-def linear_call(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Convolution]:
+def linear_call(input: T, weight: T, bias: T | None = None) -> tuple[T, Convolution[T]]:
     """Reads `F.linear`."""
     return input, Convolution("linear", weight, bias)
 
 
 def functional_batch_norm_call(
-    input: Any,
-    running_mean: Any,
-    running_var: Any,
-    weight: Any = None,
-    bias: Any = None,
+    input: T,
+    running_mean: T,
+    running_var: T,
+    weight: T | None = None,
+    bias: T | None = None,
     training: Any = False,
     momentum: Any = 0.1,
     eps: Any = 1e-5,
-) -> tuple[Any, Any, BatchNorm]:
+) -> tuple[T, Any, BatchNorm[T]]:
     """Reads `F.batch_norm`."""
     return input, training, BatchNorm(running_mean, running_var, weight, bias, eps)
 
 
 def batch_norm_call(
-    input: Any,
-    weight: Any,
-    bias: Any,
-    running_mean: Any,
-    running_var: Any,
+    input: T,
+    weight: T | None,
+    bias: T | None,
+    running_mean: T,
+    running_var: T,
     training: Any,
     momentum: Any,
     eps: Any,
     cudnn_enabled: Any = True,
-) -> tuple[Any, Any, BatchNorm]:
+) -> tuple[T, Any, BatchNorm[T]]:
     """Reads `torch.batch_norm` and its like."""
     return input, training, BatchNorm(running_mean, running_var, weight, bias, eps)
 
 
 def batch_norm_no_training_call(
-    input: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, momentum: Any, eps: Any
-) -> tuple[Any, Any, BatchNorm]:
+    input: T, weight: T | None, bias: T | None, running_mean: T, running_var: T, momentum: Any, eps: Any
+) -> tuple[T, Any, BatchNorm[T]]:
     """Reads the overloads that know Eval mode only."""
     return input, False, BatchNorm(running_mean, running_var, weight, bias, eps)
 

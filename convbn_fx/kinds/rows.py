@@ -25,7 +25,7 @@ class ConvolutionKind:
     """
 
     name: str
-    operands: Callable[..., tuple[Any, Convolution]]
+    operands: Callable[..., tuple[Any, Convolution[Any]]]
     batched_rank: int | None = None
     plain: Callable[[Any], tuple[type[nn.Module], Tensor]] | None = None
     methods: tuple[tuple[str, object], ...] = ()

@@ -211,6 +211,6 @@ def _has_values(tensor: Tensor) -> bool:
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
-def _value(tensor: Tensor | None) -> Tensor | None:
-    """The tensor in float64, where every device can compute."""
+def _value(tensor: Any) -> Any:
+    """The tensor in float64, where every device can compute; None stays None."""
     return None if tensor is None else tensor.detach().to("cpu", torch.float64)

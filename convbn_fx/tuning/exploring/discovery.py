@@ -303,21 +303,21 @@ def _owned(match: Match, path: Path, owner: str) -> OwnedPair:
     methods = {name for _, name in calls}
     convolution = path.name_of(match.convolution_node)
     between = _enclosing(convolution) ^ _enclosing(path.name_of(match.batch_norm_node))
-    site = path.sites.get(match.convolution_node)
+    site, call = path.sites.get(match.convolution_node), match.convolution
     return OwnedPair(
         replace(match.pair, convolution=convolution).prefixed(owner),
         owner,
         frozenset(methods | {"forward"}),
         frozenset(_joined(owner, name) for name in between & path.opened),
         None if site is None else site.prefixed(owner),
-        None if site is None else _named_operands(match.convolution, site.caller),
+        None if site is None or isinstance(call, str) else _named_operands(call, site.caller),
         match.batch_norm_node.op == "call_function",
     )
 
 
-def _named_operands(call: Convolution, caller: str) -> Convolution | str:
+def _named_operands(call: Convolution[Node], caller: str) -> Convolution[str] | str:
     """The operands of a function, if its tensors are nothing but the caller's own; else what is not."""
-    names: dict[str, str | None] = {}
+    names: dict[str, str] = {}
     for field in ("weight", "bias"):
         value = getattr(call, field)
         if isinstance(value, Node) and value.op == "get_attr":
@@ -328,7 +328,9 @@ def _named_operands(call: Convolution, caller: str) -> Convolution | str:
             return f"its {field} is computed at every call"
     if isinstance(call.groups, Node) or isinstance(call.transposed, Node):
         return "its groups are computed at every call"
-    return Convolution(call.op, **names, transposed=call.transposed, groups=call.groups)
+    return Convolution(
+        call.op, names["weight"], names.get("bias"), transposed=call.transposed, groups=call.groups
+    )
 
 
 def _enclosing(name: str) -> frozenset[str]:
