@@ -1,94 +1,19 @@
-"""The classes that are convolutions and batch norms, and what is asked of a module: which it is, how it is called.
+"""What is asked of a module: whether it is a convolution or a batch norm, and of which row.
 
 A class is in the table by identity. A subclass is known as long as it overrides nothing that the forward consists of.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
-from types import FunctionType
 from typing import Any, Final, Generic
 from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
 from convbn_fx._torch import BatchNormBase, ConvBase
-from convbn_fx.kinds import third_party
-from convbn_fx.kinds.modules import (
-    AsAttributes,
-    batch_norm_module,
-    conv_module,
-    conv_transpose_module,
-    linear_module,
-)
-from convbn_fx.kinds.rows import BatchNormKind, ConvolutionKind, Row
-
-# --- The table ---------------------------------------------------------------------------------------------------
-
-# Whatever a forward of torch.nn's convolutions and batch norms calls on itself: overridden on a class or patched on an
-# instance, the forward is no longer the one that this table describes.
-_FORWARD_METHODS: Final = (
-    "forward",
-    "_conv_forward",
-    "_output_padding",
-    "_check_input_dim",
-    "_check_non_zero_input_channels",
-    "_call_impl",
-)
-
-
-def _methods(cls: type[nn.Module]) -> tuple[tuple[str, object], ...]:
-    return tuple((name, getattr(cls, name)) for name in _FORWARD_METHODS if hasattr(cls, name))
-
-
-def _is_as_shipped(cls: type[nn.Module]) -> bool:
-    """Whether nobody had replaced a method of a torch.nn class before this file was imported."""
-    functions = [method for _, method in _methods(cls) if isinstance(method, FunctionType)]
-    return all(function.__module__.startswith("torch.nn.modules.") for function in functions)
-
-
-def _own_weight(cls: type[nn.Module], module: Any) -> tuple[type[nn.Module], Tensor]:
-    return cls, module.weight
-
-
-_PARAMETERS: Final = ("weight", "bias")
-_CONVOLUTION: Final = (*_PARAMETERS, "stride", "padding", "dilation", "groups")
-_TRANSPOSED: Final = (*_CONVOLUTION, "kernel_size", "output_padding")
-_BATCH_NORM: Final = (*_PARAMETERS, "running_mean", "running_var", "eps")
-
-# Each row: the class, how its call is read, the rank of a batched input, and the attributes that are read.
-_CONVOLUTION_ROWS: dict[type[nn.Module], ConvolutionKind] = {
-    cls: ConvolutionKind(
-        cls.__name__, operands, batched_rank, partial(_own_weight, cls), _methods(cls), reads
-    )
-    for cls, operands, batched_rank, reads in (
-        (nn.Conv1d, conv_module("conv1d"), 3, (*_CONVOLUTION, "padding_mode")),
-        (nn.Conv2d, conv_module("conv2d"), 4, (*_CONVOLUTION, "padding_mode")),
-        (nn.Conv3d, conv_module("conv3d"), 5, (*_CONVOLUTION, "padding_mode")),
-        (nn.ConvTranspose1d, conv_transpose_module("conv_transpose1d", 1), 3, _TRANSPOSED),
-        (nn.ConvTranspose2d, conv_transpose_module("conv_transpose2d", 2), 4, _TRANSPOSED),
-        (nn.ConvTranspose3d, conv_transpose_module("conv_transpose3d", 3), 5, _TRANSPOSED),
-        (nn.Linear, linear_module, 2, _PARAMETERS),
-    )
-    if _is_as_shipped(cls)
-}
-
-_BATCH_NORM_ROWS: dict[type[nn.Module], BatchNormKind] = {
-    cls: BatchNormKind(
-        cls.__name__, batch_norm_module, accepted_ranks, methods=_methods(cls), reads=_BATCH_NORM
-    )
-    for cls, accepted_ranks in (
-        (nn.BatchNorm1d, (2, 3)),
-        (nn.BatchNorm2d, (4,)),
-        (nn.BatchNorm3d, (5,)),
-        (nn.SyncBatchNorm, None),
-    )
-    if _is_as_shipped(cls)
-}
-
-
-# --- Look-ups ----------------------------------------------------------------------------------------------------
+from convbn_fx.kinds import modules, third_party
+from convbn_fx.kinds.rows import FORWARD_METHODS, BatchNormKind, ConvolutionKind, Methods, Row
 
 #: Attribute of the classes that `tune` generates: the class that one was generated from.
 TUNED_FROM: Final = "_convbn_fx_tuned_from"
@@ -119,27 +44,23 @@ def batch_norm_kind(module: nn.Module) -> BatchNormKind | None:
 
 
 def _row_of(module: nn.Module, table: "Classes[Row]") -> Row | None:
-    cls = class_of(module)
-    row = table.row(cls)
+    cls: Any = type(module)
+    cls = cls.__dict__.get(TUNED_FROM, cls)
+    row = table.rows.get(cls)  # the commonest case: no subclass, not parametrised
     if row is None:
+        cls = class_of(module)
+        row = table.row(cls)
+    if row is None or row.methods is None or not row.methods.are_those_of(cls):
         return None
     attributes = vars(module)
-    if not _LOOKED_UP.isdisjoint(attributes) and _is_patched(attributes):
+    if not attributes.keys().isdisjoint(row.methods.looked_up) and _is_patched(attributes):
         return None
-    for name, method in row.methods:  # at every call of every pair: no generator
-        if getattr(cls, name) is not method:
-            return None
     return row
-
-
-# Names that a forward looks up on its module. An attribute of the instance is found before those of its class, its
-# parameters and its buffers.
-_LOOKED_UP: Final = frozenset((*_FORWARD_METHODS, "weight", "bias", "running_mean", "running_var"))
 
 
 def _is_patched(attributes: dict[str, Any]) -> bool:
     """Whether something that an instance holds hides a method, a parameter or a buffer."""
-    hidden = {*_FORWARD_METHODS, *attributes["_parameters"], *attributes["_buffers"]}
+    hidden = {*FORWARD_METHODS, *attributes["_parameters"], *attributes["_buffers"]}
     return not hidden.isdisjoint(attributes)
 
 
@@ -173,7 +94,7 @@ class Classes(Generic[Row]):
 
     def enter(self, cls: type[nn.Module], row: Row) -> None:
         """Adds a class, from which others may inherit."""
-        self.rows[cls] = _as_read(cls, replace(row, name=cls.__name__, methods=_methods(cls)))
+        self.rows[cls] = _as_read(cls, replace(row, name=cls.__name__, methods=Methods(cls)))
         self._others = WeakKeyDictionary()
 
     def _inherited(self, cls: type[nn.Module]) -> Row | None:
@@ -181,7 +102,7 @@ class Classes(Generic[Row]):
         for base in cls.__mro__[1:]:
             row = self.row(base)
             if row is not None:
-                same = all(getattr(cls, name) is method for name, method in row.methods)
+                same = row.methods is not None and row.methods.are_those_of(cls)
                 same = same and defined(cls, base).isdisjoint(_CALLING)
                 return _as_read(cls, replace(row, name=cls.__name__)) if same else None
         return None
@@ -198,32 +119,35 @@ def defined(cls: type, base: type) -> frozenset[str]:
 
 def _as_read(cls: type[nn.Module], row: Row) -> Row:
     """The row of a class that may have ways of its own to what `operands` reads past the class, for speed."""
-    ways = {*_PARAMETERS, "running_mean", "running_var", "__getattr__", "__getattribute__"}
+    ways = {*modules.PARAMETERS, "running_mean", "running_var", "__getattr__", "__getattribute__"}
     if row.by_attribute or defined(cls, nn.Module).isdisjoint(ways):
         return row
     operands = row.operands
     if row.reads:
         row = replace(
-            row, operands=lambda module, *args, **kwargs: operands(AsAttributes(module), *args, **kwargs)
+            row,
+            operands=lambda module, *args, **kwargs: operands(modules.AsAttributes(module), *args, **kwargs),
         )
     return replace(row, by_attribute=True)
 
 
 def _convolution_by_name(cls: type[nn.Module]) -> ConvolutionKind | None:
     found = third_party.CONVOLUTIONS.get(f"{cls.__module__}.{cls.__qualname__}")
-    return None if found is None else ConvolutionKind(cls.__name__, found[0], 4, found[1], _methods(cls))
+    return None if found is None else ConvolutionKind(cls.__name__, found[0], 4, found[1], Methods(cls))
 
 
 def _batch_norm_by_name(cls: type[nn.Module]) -> BatchNormKind | None:
     fields = third_party.batch_norm_fields(cls)
     if fields is None:
         return None
-    row = BatchNormKind(cls.__name__, batch_norm_module, (4,), methods=_methods(cls), reads=_BATCH_NORM)
+    row = BatchNormKind(
+        cls.__name__, modules.batch_norm_module, (4,), methods=Methods(cls), reads=modules.BATCH_NORM
+    )
     return replace(row, **fields)
 
 
-CONVOLUTION_CLASSES: Final = Classes(_CONVOLUTION_ROWS, _convolution_by_name)
-BATCH_NORM_CLASSES: Final = Classes(_BATCH_NORM_ROWS, _batch_norm_by_name)
+CONVOLUTION_CLASSES: Final = Classes(dict(modules.CONVOLUTIONS), _convolution_by_name)
+BATCH_NORM_CLASSES: Final = Classes(dict(modules.BATCH_NORMS), _batch_norm_by_name)
 
 
 def frozen_kind(norm: nn.Module) -> BatchNormKind | None:

@@ -1,13 +1,17 @@
-"""How modules of PyTorch's hold their operands."""
+"""The classes of torch.nn that are convolutions and batch norms, and how a call of each is read."""
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from functools import partial
+from types import FunctionType, MappingProxyType
 from typing import Any, Final
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from convbn_fx.kinds.rows import FORWARD_METHODS, BatchNormKind, ConvolutionKind, Methods
 from convbn_fx.operands import BatchNorm, Convolution
+
+# --- Readers -----------------------------------------------------------------------------------------------------
 
 
 def conv_module(op: str) -> Callable[..., tuple[Tensor, Convolution]]:
@@ -90,3 +94,54 @@ class AsAttributes:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
+
+
+# --- The table ---------------------------------------------------------------------------------------------------
+
+
+def _is_as_shipped(cls: type[nn.Module]) -> bool:
+    """Whether nobody had replaced a method of a torch.nn class before this file was imported."""
+    methods = [getattr(cls, name, None) for name in FORWARD_METHODS]
+    return all(
+        method.__module__.startswith("torch.nn.modules.")
+        for method in methods
+        if isinstance(method, FunctionType)
+    )
+
+
+def _own_weight(cls: type[nn.Module], module: Any) -> tuple[type[nn.Module], Tensor]:
+    return cls, module.weight
+
+
+PARAMETERS: Final = ("weight", "bias")
+_CONVOLUTION: Final = (*PARAMETERS, "stride", "padding", "dilation", "groups")
+_TRANSPOSED: Final = (*_CONVOLUTION, "kernel_size", "output_padding")
+BATCH_NORM: Final = (*PARAMETERS, "running_mean", "running_var", "eps")
+
+# Each row: the class, how its call is read, the rank of a batched input, and the attributes that are read.
+CONVOLUTIONS: Final[dict[type[nn.Module], ConvolutionKind]] = {
+    cls: ConvolutionKind(cls.__name__, operands, batched_rank, partial(_own_weight, cls), Methods(cls), reads)
+    for cls, operands, batched_rank, reads in (
+        (nn.Conv1d, conv_module("conv1d"), 3, (*_CONVOLUTION, "padding_mode")),
+        (nn.Conv2d, conv_module("conv2d"), 4, (*_CONVOLUTION, "padding_mode")),
+        (nn.Conv3d, conv_module("conv3d"), 5, (*_CONVOLUTION, "padding_mode")),
+        (nn.ConvTranspose1d, conv_transpose_module("conv_transpose1d", 1), 3, _TRANSPOSED),
+        (nn.ConvTranspose2d, conv_transpose_module("conv_transpose2d", 2), 4, _TRANSPOSED),
+        (nn.ConvTranspose3d, conv_transpose_module("conv_transpose3d", 3), 5, _TRANSPOSED),
+        (nn.Linear, linear_module, 2, PARAMETERS),
+    )
+    if _is_as_shipped(cls)
+}
+
+BATCH_NORMS: Final[dict[type[nn.Module], BatchNormKind]] = {
+    cls: BatchNormKind(
+        cls.__name__, batch_norm_module, accepted_ranks, methods=Methods(cls), reads=BATCH_NORM
+    )
+    for cls, accepted_ranks in (
+        (nn.BatchNorm1d, (2, 3)),
+        (nn.BatchNorm2d, (4,)),
+        (nn.BatchNorm3d, (5,)),
+        (nn.SyncBatchNorm, None),
+    )
+    if _is_as_shipped(cls)
+}

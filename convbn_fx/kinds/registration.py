@@ -129,7 +129,7 @@ def _row_like(
         row = table.row(candidate)
         if row is None:
             continue
-        overridden = [name for name, method in row.methods if getattr(cls, name, None) is not method]
+        overridden = [] if row.methods is None else row.methods.overridden_in(cls)
         if like is None and overridden:
             raise TypeError(
                 f"{function}: {cls.__qualname__} has its own {', '.join(overridden)}. Pass operands=... to say what it "

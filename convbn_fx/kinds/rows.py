@@ -2,11 +2,47 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from operator import attrgetter
+from typing import Any, Final, TypeVar
 
 from torch import Tensor, nn
 
 from convbn_fx.operands import Convolution
+
+# Whatever a forward of torch.nn's convolutions and batch norms calls on itself: overridden on a class or patched on an
+# instance, the forward is no longer the one that a row describes.
+FORWARD_METHODS: Final = (
+    "forward",
+    "_conv_forward",
+    "_output_padding",
+    "_check_input_dim",
+    "_check_non_zero_input_channels",
+    "_call_impl",
+)
+
+
+class Methods:
+    """The methods that the forward of a class consists of, as they were when this was made.
+
+    Attributes:
+        looked_up: The names that a forward looks up on its module. An attribute of the instance is found before those
+            of its class, its parameters and its buffers.
+    """
+
+    def __init__(self, cls: type[nn.Module]) -> None:
+        self._names = [name for name in FORWARD_METHODS if hasattr(cls, name)]
+        self._of: Callable[[type], tuple[object, ...]] = attrgetter(*self._names)
+        self._found = self._of(cls)
+        self.looked_up = frozenset({*self._names, "weight", "bias", "running_mean", "running_var"})
+
+    def are_those_of(self, cls: type) -> bool:
+        """Whether another class, or the same one now, has the same methods."""
+        return self._of(cls) == self._found
+
+    def overridden_in(self, cls: type) -> list[str]:
+        """The names of the methods that another class has of its own."""
+        found = zip(self._names, self._found, strict=True)
+        return [name for name, method in found if getattr(cls, name, None) is not method]
 
 
 @dataclass(frozen=True)
@@ -19,7 +55,7 @@ class ConvolutionKind:
         batched_rank: Number of dimensions of a batched input, None where only the weight's rank tells.
         plain: For a class, given the module, returns the class of a module with the same forward whose weight is a
             parameter, and the weight; None where there is no such class.
-        methods: For a class, the methods its forward consists of, as they were when it was registered.
+        methods: For a class, the methods that its forward consists of.
         reads: For a class, the attributes that `operands` reads, where it is one of the library's own.
         by_attribute: For a class, whether it may have a way of its own to a parameter or buffer: a property, say.
     """
@@ -28,7 +64,7 @@ class ConvolutionKind:
     operands: Callable[..., tuple[Any, Convolution[Any]]]
     batched_rank: int | None = None
     plain: Callable[[Any], tuple[type[nn.Module], Tensor]] | None = None
-    methods: tuple[tuple[str, object], ...] = ()
+    methods: Methods | None = None
     reads: tuple[str, ...] = ()
     by_attribute: bool = False
 
@@ -43,7 +79,7 @@ class BatchNormKind:
             arguments, returns `(input, training, BatchNorm)`.
         accepted_ranks: Numbers of dimensions of an input that the forward accepts; None for any from 2 on.
         output_index: Which element of a tuple the normalised tensor is; None where it is the only result.
-        methods: For a class, the methods its forward consists of, as they were when it was registered.
+        methods: For a class, the methods that its forward consists of.
         reads: For a class, the attributes that `operands` reads, where it is one of the library's own.
         by_attribute: For a class, whether it may have a way of its own to a parameter or buffer: a property, say.
         statistics: For a class, the attributes that are None where it normalises by the batch's own statistics.
@@ -58,7 +94,7 @@ class BatchNormKind:
     operands: Callable[..., Any]
     accepted_ranks: tuple[int, ...] | None = None
     output_index: int | None = None
-    methods: tuple[tuple[str, object], ...] = ()
+    methods: Methods | None = None
     reads: tuple[str, ...] = ()
     by_attribute: bool = False
     statistics: tuple[str, ...] = ("running_mean", "running_var")
