@@ -86,8 +86,8 @@ class Step(Brief):
 
     @property
     def may_write(self) -> bool:
-        """Whether it may change a tensor in place: convolutions and frozen batch norms are known not to."""
-        return True
+        """Whether it changes a tensor in place, as far as is known."""
+        return False
 
     def shape(self, *shapes: Shape) -> Shape:
         return shapes[0]
@@ -144,7 +144,6 @@ class Conv(Step):
 
     name = "conv"
     makes_new_tensor = True
-    may_write = False
 
     @property
     def rank(self) -> int:
@@ -266,6 +265,10 @@ class Activation(Step):
 
     name = "activation"
 
+    @property
+    def may_write(self) -> bool:
+        return self.in_place or self.form != "method"
+
     def build(self) -> nn.Module | None:
         return nn.ELU(inplace=self.in_place) if self.form == "module" else None
 
@@ -345,6 +348,7 @@ class Block(Step):
     result_shape: Shape
 
     name = "block"
+    may_write = True
 
     @property
     def ends_in_convolution(self) -> bool:

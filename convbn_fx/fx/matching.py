@@ -6,7 +6,8 @@ One small predicate per reason to refuse, in the order in which a user would ask
 import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from types import BuiltinFunctionType
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -330,16 +331,42 @@ def _may_write(node: Node, root: nn.Module) -> bool:
         except Refusal:
             return True
         return False
-    if isinstance(target, _torch.OpOverload):
-        # Schemas do not tell of running statistics.
-        return bool(target._schema.is_mutable) or "norm" in target._opname
     if node.op == "call_module" or target is functional.conv_batch_norm:
         called = [node] if node.op == "call_module" else node.args[:2]
         modules = [
             _module_of(part, root) for part in called if isinstance(part, Node) and part.op != "call_function"
         ]
         return not all(_is_known_and_frozen(part) for module in modules for part in module.modules())
-    return True
+    operators = _operators(node)
+    return not operators or "out" in node.kwargs or any(_writes(operator, node) for operator in operators)
+
+
+def _operators(node: Node) -> list[Any]:
+    """The overloads of the ATen operator that a node calls; none where it may call something else."""
+    target: Any = node.target
+    if isinstance(target, _torch.OpOverload):
+        return [target]
+    name = str(target)
+    if node.op == "call_function":
+        if not (isinstance(target, BuiltinFunctionType) and target.__module__ in _BUILTIN_IN):
+            return []
+        name = target.__name__
+    packet = getattr(torch.ops.aten, name, None)
+    return [] if packet is None else [getattr(packet, overload) for overload in packet.overloads()]
+
+
+# Functions of these modules are named like the ATen operators that they call.
+_BUILTIN_IN: Final = ("torch", "torch._C._nn", "_operator")
+
+
+def _writes(operator: Any, node: Node) -> bool:
+    """By its schema, which does not tell of running statistics; what it would write to may be left out of a call."""
+    return "norm" in operator._opname or any(
+        argument.alias_info is not None
+        and argument.alias_info.is_write
+        and (not argument.kwarg_only or argument.name in node.kwargs)
+        for argument in operator._schema.arguments
+    )
 
 
 def _is_number(value: Any) -> bool:

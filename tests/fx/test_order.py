@@ -28,6 +28,11 @@ def double_in_place(x):
     return x.mul_(2)
 
 
+@torch.fx.wrap
+def double(x):
+    return 2 * x
+
+
 class Doubling(nn.Module):
     """A leaf of the user's own that changes its input."""
 
@@ -65,6 +70,7 @@ INPUT_CHANGES = {
     "a positional inplace": lambda m, x: F.elu(x, 1.0, True),
     "a function named so": lambda m, x: F.leaky_relu_(x),
     "out=": lambda m, x: torch.add(x, 1, out=x),
+    "out= of two": lambda m, x: torch.frexp(x, out=(x, x.int())),
     "copy_": lambda m, x: x.copy_(x.flip(0)),
     "a module": lambda m, x: m.relu(x),
     "a container": lambda m, x: m.blocks(x),
@@ -200,6 +206,11 @@ HARMLESS = {
     "a functional conv": lambda m, x: F.conv2d(x, m.conv.weight),
     "a batch norm in Eval mode": lambda m, x: m.other.eval()(x),
     "a functional norm in Eval mode": lambda m, x: F.batch_norm(x, m.mean, m.mean),
+    "an operator": lambda m, x: x * 2,
+    "a comparison": lambda m, x: x < 1,
+    "a method": lambda m, x: x.add(1).abs(),
+    "a function": lambda m, x: F.gelu(torch.sigmoid(x)),
+    "concatenation": lambda m, x: torch.cat([x, x], dim=1),
     "an ATen overload": lambda m, x: torch.ops.aten.mul.Tensor(x, 2),
     "a parameter": lambda m, x: m.conv.weight,
     "arithmetic with sizes": lambda m, x: x.shape[2] * 2 + 1,
@@ -216,9 +227,9 @@ def test_what_changes_nothing_may_run_in_between(case):
 
 
 NOT_KNOWN = {
-    "an operator": lambda m, x: x * 2,
-    "a method": lambda m, x: x.add(1),
-    "a function": lambda m, x: torch.sigmoid(x),
+    "a function in Python": lambda m, x: F.relu(x, inplace=False),
+    "a function of the user's": lambda m, x: double(x),
+    "an operator that ATen has not": lambda m, x: x[:, 0],
     "a module": lambda m, x: m.tanh(x),
     "a container": lambda m, x: m.convs(x),
     "a conv with hooks": lambda m, x: m.hooked(x),
