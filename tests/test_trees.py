@@ -402,6 +402,11 @@ FOUND = {
         for writer in MOMENTUM
         for is_buffer in (True, False)
     },
+    **{
+        f"a guessed number: {around}": blocks(((CONV, NORM), (Apply(0, (0, 1), around),)))
+        for around in AROUND
+        if around.startswith(("repeated", "some of them"))
+    },
     "a linear layer": blocks(PAIR, leaves=(Conv("nn.Linear"), Norm("nn.BatchNorm1d"))),
     "a call that does more": blocks(PAIR, leaves=(Conv("DoublingCallConv"), Norm())),
     "a weight that is computed when it is read": blocks(PAIR, leaves=(Conv("InterceptedConv"), Norm())),

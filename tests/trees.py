@@ -134,6 +134,20 @@ for m in ({modules},):
         {t} = {t} + 1
     {t} = m({t})"""
 
+#: How often a forward calls the first of several children, or how many of them: twice, where an exploration guesses.
+NUMBERS: dict[str, str] = {
+    "size": "{v}.shape[0] % 3",
+    "number": "int({v}.shape[0]) % 3",
+    "tensor": "int(({v} < 1e30).sum().clamp(max=2))",
+}
+_REPEATED = """{t} = {v}
+for _ in range({number}):
+    {t} = {first}({t})
+{t} = {rest}"""
+_SOME_OF = """{t} = {v}
+for m in ({modules},)[:{number}]:
+    {t} = m({t})"""
+
 #: How children are called one after another.
 AROUND: dict[str, str] = {
     "plain": "{t} = {chain}",
@@ -148,6 +162,8 @@ AROUND: dict[str, str] = {
     "checkpoint": "{t} = checkpoint(lambda x: {inner}, {v}, use_reentrant=False)",
     "reentrant checkpoint": "{t} = checkpoint(lambda x: {inner}, {v}, use_reentrant=True)",
     **{f"loop, {check}": _LOOP.replace("{condition}", condition) for check, condition in CHECKS.items()},
+    **{f"repeated, {name}": _REPEATED.replace("{number}", number) for name, number in NUMBERS.items()},
+    **{f"some of them, {name}": _SOME_OF.replace("{number}", number) for name, number in NUMBERS.items()},
 }
 
 #: What a forward reads of a layer, as a factor.
@@ -292,8 +308,8 @@ class Apply(Brief):
         first = f"{modules[0]}.{self.method}" if self.method else modules[0]
         called = [first, *modules[1:]]
 
-        def nested(x: str) -> str:
-            for module in called:
+        def nested(x: str, chain: list[str] = called) -> str:
+            for module in chain:
                 x = f"{module}({x})"
             return x
 
@@ -301,7 +317,14 @@ class Apply(Brief):
             lines = [f"{t} = {module}({t if place else v})" for place, module in enumerate(called)]
             return Written("\n".join(lines))
         code = AROUND[self.around].format(
-            t=t, v=v, i=i, chain=nested(v), inner=nested("x"), modules=", ".join(called)
+            t=t,
+            v=v,
+            i=i,
+            chain=nested(v),
+            inner=nested("x"),
+            modules=", ".join(called),
+            first=first,
+            rest=nested(t, called[1:]),
         )
         if self.around == "static method":
             text = (
@@ -904,13 +927,16 @@ def _apply(draw: st.DrawFn, scope: _Scope, source: int | None = None) -> Apply:
         chain = [draw(_slot(scope, [0]))]
     around = draw(_often("plain", ("plain", "lines", *scope.features.around)))
     changes = any(getattr(scope.module(slot), "overwrites", False) for slot in chain)
-    if changes and "checkpoint" in around:  # which runs twice
+    if changes and around.startswith(("reentrant", "checkpoint", "repeated")):  # which run twice
         around = "lines"
     method = ""
     first = scope.module(chain[0])
     held = HELD[scope.children[chain[0]].held]
     if isinstance(first, Block) and first.public and held.is_module and draw(st.booleans()):
-        around, method = ("plain" if around.startswith(("loop", "static")) else around), first.public_name
+        around, method = (
+            ("plain" if around.startswith(("loop", "static", "some")) else around),
+            first.public_name,
+        )
     return Apply(source, tuple(chain), around, method)
 
 

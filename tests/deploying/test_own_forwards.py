@@ -89,22 +89,26 @@ def test_parameters_that_are_counted():
     torch.testing.assert_close(deploy(model)(X), model(X))
 
 
-class Repeated(nn.Module):
-    """Runs as many of its convolutions as the batch is large."""
-
-    def __init__(self):
-        super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(3))
-        self.norm = nn.BatchNorm2d(3)
+class ChoosingItsWeight(nn.Conv2d):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.other = nn.Parameter(self.weight.detach() + 1)
 
     def forward(self, x):
-        for i in range(int(x.shape[0])):
-            x = self.convs[i](x)
-        return self.norm(x)
+        return F.conv2d(x, (self.weight, self.other)[int(x.shape[0]) - 1], self.bias)
 
 
-def test_a_loop_that_is_longer_than_was_guessed():
-    model = Repeated().double().eval()
+class Repeating(nn.Conv2d):
+    def forward(self, x):
+        for _ in range(int(x.shape[0])):
+            x = F.conv2d(x, self.weight, self.bias)
+        return x
+
+
+@pytest.mark.parametrize("conv", [ChoosingItsWeight(3, 4, 3), Repeating(4, 4, 1)])
+def test_a_call_that_depends_on_a_guessed_number(conv):
+    model = nn.Sequential(nn.Conv2d(3, conv.in_channels, 1), conv, nn.BatchNorm2d(4)).double().eval()
     randomize_batchnorms(model)
     deployed = deploy(model)
+    assert not report(deployed).fused
     torch.testing.assert_close(deployed(X), model(X))

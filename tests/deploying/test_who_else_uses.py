@@ -547,6 +547,113 @@ def test_the_shape_of_an_output_that_several_batch_norms_follow():
     assert_same(model, deploy(model), X)
 
 
+# --- Numbers that an exploration guesses --------------------------------------------------------------------------
+
+
+class Repeated(nn.Module):
+    """Calls as many of its layers as the batch is large, or the first of them as often."""
+
+    def __init__(self, run):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(3))
+        self.norm = nn.BatchNorm2d(3)
+        self.run = run
+
+    def forward(self, x):
+        return self.norm(self.run(self.convs, x))
+
+
+def one_after_another(convs, x):
+    for i in range(int(x.shape[0])):
+        x = convs[i](x)
+    return x
+
+
+def one_again_and_again(convs, x):
+    for _ in range(x.shape[0]):
+        x = convs[0](x)
+    return x
+
+
+def as_often_as_a_tensor_says(convs, x):
+    for _ in range(int((x < 1e30).sum().clamp(max=2))):
+        x = convs[0](x)
+    return x
+
+
+def up_to_an_index(convs, x):
+    for conv in convs[: int(x.shape[0])]:
+        x = conv(x)
+    return x
+
+
+def perhaps_none(convs, x):
+    for conv in convs[: int(x.shape[0]) - 2]:
+        x = conv(x)
+    return convs[2](x) if x.mean() > 100 else x
+
+
+LOOPS = [one_after_another, one_again_and_again, as_often_as_a_tensor_says, up_to_an_index, perhaps_none]
+
+
+@pytest.mark.parametrize("run", LOOPS, ids=lambda run: run.__name__)
+def test_how_often_a_loop_runs_is_guessed(run):
+    torch.manual_seed(0)
+    model = prepared(Repeated(run))
+    deployed = deploy(model)
+    assert not report(deployed).fused
+    assert_same(model, deployed, X)
+
+
+class Chosen(nn.Module):
+    """Has a block that is a pair, and a way to one of the two alone."""
+
+    def __init__(self, choose):
+        super().__init__()
+        self.block = Pair(*conv_norm(3, 3))
+        self.steps = nn.ModuleList([self.block, nn.ReLU(), self.block.conv])
+        self.choose = choose
+
+    def forward(self, x):
+        return self.choose(self, x)
+
+
+def by_an_index(self, x):
+    return self.steps[2 * int(x.shape[0]) - 2](x)
+
+
+def by_a_name(self, x):
+    return [self.block, self.block.conv][x.shape[0] - 1](x)
+
+
+def by_their_number(self, x):
+    for step in list(self.children())[1][: 2 * int(x.shape[0]) - 1]:
+        x = step(x)
+    return x
+
+
+@pytest.mark.parametrize("choose", [by_an_index, by_a_name, by_their_number], ids=lambda f: f.__name__)
+def test_a_guessed_number_chooses_what_is_called(choose):
+    torch.manual_seed(0)
+    model = prepared(Chosen(choose))
+    deployed = deploy(model)
+    assert_same(model, deployed, X)
+
+
+def test_a_block_that_is_called_as_often_as_was_guessed_is_a_pair_each_time():
+    def forward(self, x):
+        for _ in range(int(x.shape[0])):
+            x = self.block(x)
+        return x
+
+    torch.manual_seed(0)
+    model = prepared(type("Again", (Chosen,), {"forward": forward})(None))
+    del model.steps
+    deployed = deploy(model)
+    assert len(report(deployed).fused) == 1
+    assert_same(model, deployed, X)
+
+
 # --- Example inputs -----------------------------------------------------------------------------------------------
 
 

@@ -135,27 +135,29 @@ class _Guess(Proxy):
             case "UNPACK_EX":  # a, *b, c = ...
                 length = (argument & 255) + (argument >> 8) + 1
             case _:
-                self.tracer.has_guessed_a_number = True
+                self.tracer.guesses_for(sys._getframe(1))
                 length = self.tracer.length
         return (
             self.tracer.create_proxy("call_function", operator.getitem, (self, i), {}) for i in range(length)
         )
 
     def __len__(self) -> int:
-        self.tracer.has_guessed_a_number = True
+        self.tracer.guesses_for(sys._getframe(1))
         return self.tracer.length
 
     def __int__(self) -> int:
-        self.tracer.has_guessed_a_number = True
+        self.tracer.guesses_for(sys._getframe(1))
         return 1
 
     __index__ = __int__
 
     def __float__(self) -> float:
-        return float(int(self))
+        self.tracer.guesses_for(sys._getframe(1))
+        return 1.0
 
     def __round__(self, digits: int | None = None) -> float:
-        return round(float(self), digits)
+        self.tracer.guesses_for(sys._getframe(1))
+        return 1.0 if digits else 1
 
     def __format__(self, specification: str) -> str:
         return repr(self)
@@ -201,6 +203,10 @@ def _instruction(frame: FrameType, offset: int | None = None) -> tuple[str, int]
     """What a frame is doing, or was at an offset: the operation of its bytecode, and the argument."""
     code, offset = frame.f_code.co_code, frame.f_lasti if offset is None else offset
     return dis.opname[code[offset]], code[offset + 1]
+
+
+def _place(frame: FrameType) -> tuple[CodeType, int]:
+    return frame.f_code, frame.f_lasti
 
 
 @cache
@@ -250,6 +256,8 @@ class _FunctionsOfGuesses(TorchFunctionMode):
         kwargs = kwargs or {}
         is_guess = (issubclass(type(value), _Guess) for value in pytree.tree_leaves((args, kwargs)))
         if not is_tensor_method_or_property(func) and any(is_guess):
+            # Whether it is a number was asked before this: nothing depends on which.
+            self.tracer.guessed.discard(_place(sys._getframe(1)))
             return self.tracer.create_proxy("call_function", func, args, kwargs)
         return func(*args, **kwargs)
 
@@ -268,7 +276,7 @@ class _Explorer(Tracer):
         self.needed_length = 0  # of what was unpacked, where it was another than guessed
         self.decisions = list(variant.decisions)
         self.taken = 0
-        self.has_guessed_a_number = False
+        self.guessed: set[tuple[CodeType, int]] = set()  # where the code asked for a number
         self.names = names
         self.frames: dict[FrameType, int] = {}
         self.methods: dict[Node, set[tuple[int, str]]] = {}
@@ -309,8 +317,12 @@ class _Explorer(Tracer):
             if operation == "UNPACK_SEQUENCE":
                 self.needed_length = argument
             raises = operation == "RAISE_VARARGS" and not is_ours_or_torchs(innermost.tb_frame)
-            return "" if raises and not self.has_guessed_a_number else _told(error)
+            return "" if raises and not self.guessed else _told(error)
         return ""
+
+    def guesses_for(self, frame: FrameType) -> None:
+        """Notes that a number was guessed which this code asked for."""
+        self.guessed.add(_place(frame))
 
     def note_what_is_kept(self) -> None:
         """Records a reader of every output that outlives the forward, in whatever keeps it."""
@@ -334,7 +346,7 @@ class _Explorer(Tracer):
             self.contexts,
             self.own_context,
             broke_off,
-            self.has_guessed_a_number,
+            bool(self.guessed),
             self.elsewhere,
             self.loops,
         )

@@ -70,7 +70,7 @@ class CodeRun:
         """What code that did not run might use, as far as it can be told from the names in it.
 
         Args:
-            not_followed: Ids of the modules whose forwards ran only in part.
+            not_followed: Ids of the modules whose forwards may use whatever they name.
 
         Returns:
             For modules, by id, the code that might use them.
@@ -79,7 +79,7 @@ class CodeRun:
         for key, executed in self.executed.items():
             code, owner = key[0], self.originals.get(key[1]) if key[1] is not None else None
             told = f"in {code.co_qualname}, on a way that no exploration took"
-            names = _names(self._not_run(key)) if id(owner) in not_followed else set()
+            names = _names(_instructions(code)) if id(owner) in not_followed else set()
             for branch, condition, untaken in _untaken(code, executed):
                 if _asks_whether_tensors(condition, {name for name, _ in self.outputs[key, branch]}):
                     continue
@@ -108,10 +108,6 @@ class CodeRun:
                     names = _names_with_those_of_methods(_names(_instructions(function.__code__)), module)
                     for part in _reached_by(names, module):
                         yield id(part), f"in {function.__qualname__}, which no exploration ran"
-
-    def _not_run(self, key: Key) -> Iterator[dis.Instruction]:
-        """What of a piece of code did not run, after an exception for example."""
-        return (each for each in _instructions(key[0]) if each.offset not in self.executed[key])
 
     def methods_that_did_not_run(self, module: nn.Module) -> Iterator[str]:
         """The methods of a module's class that call what is inside of it, and are no part of its forward.

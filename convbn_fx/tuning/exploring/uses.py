@@ -65,7 +65,7 @@ def doubts(
         # Where each of several batch norms becomes a convolution, there is no such output.
         if id(conv) in uses.read and any(conv is other and norm is not its for other, its in members):
             refusals.setdefault(id(conv), Refusal(SkipReason.SHARED, "the shape of its output is read"))
-    not_followed = {id(each.module) for each in found.explored if not _are_all(each)}
+    not_followed = {id(each.module) for each in found.explored if not _are_all(each)} - calling
     possible = code.uses(not_followed)
     references = _References(model)
     followed = {id(each.module): each for each in found.explored}
@@ -97,11 +97,12 @@ def _other_methods(model: nn.Module, found: Discovery, code: CodeRun) -> list[Ex
 
 def _doubt_about_its_call(explored: Explored) -> str:
     """Whether a forward that calls a function with its module's weight may call it in another way; empty if not."""
-    paths = explored.paths
+    paths, module = explored.paths, explored.module
     if not all(path.is_whole for path in paths):
-        return f"{_told(explored.module)} could not be followed to its end"
-    if any(path.has_guessed_a_number and path.loops for path in paths):
-        return f"how often {_told(explored.module)} calls the function was guessed"
+        return f"{_told(module)} could not be followed to its end"
+    has_others = len(_tensors(module)) > 2 or len(module._modules) > 0  # beside a weight and a bias
+    if any(path.has_guessed_a_number and (path.loops or has_others) for path in paths):
+        return f"how {_told(module)} calls the function depends on a number that was guessed"
     return ""
 
 
@@ -270,26 +271,8 @@ def _tensor(name: str, root: nn.Module) -> Any:
 
 
 def _are_all(explored: Explored) -> bool:
-    """Whether nothing can happen in a forward that none of its ways goes through."""
-    paths, root = explored.paths, explored.module
-    if not all(path.is_whole for path in paths):
-        return False
-    if not any(path.has_guessed_a_number for path in paths):
-        return True
-    # A loop that is longer than was guessed may call what none of them does.
-    called = {id(root)} | {
-        id(part)
-        for path in paths
-        for node in path.graph.nodes
-        if node.op == "call_module"
-        for part in root.get_submodule(str(node.target)).modules()
-    }
-    called |= {id(root.get_submodule(name)) for path in paths for name in path.opened}
-    return not any(
-        (kinds.resembles_convolution(module) or kinds.resembles_batch_norm(module))
-        and id(module) not in called
-        for module in root.modules()
-    )
+    """Whether nothing can happen in a forward that none of its ways shows; how a guessed number went proves nothing."""
+    return all(path.is_whole and not path.has_guessed_a_number for path in explored.paths)
 
 
 # --- What has changed ---------------------------------------------------------------------------------------------
@@ -414,7 +397,7 @@ class _References:
         if id(module) not in followed:
             return f"{_told(module)}, whose forward was not explored, is around it"
         if id(module) in owners and not _are_all(followed[id(module)]):
-            return f"{_told(module)} could not be followed to its end"
+            return f"{_told(module)} could not be followed to its end, or a guessed number decides on what it does"
         return ""
 
     def _inside(self, module: nn.Module) -> set[int]:
