@@ -426,6 +426,57 @@ def test_a_question_that_decides_on_what_an_attribute_leads_to():
     torch.testing.assert_close(deployed(X, mode="raw"), model(X, mode="raw"))
 
 
+def on_the_other_way(self, x, mode=None):
+    block = self.block
+    y = block(x)
+    return y * block.conv(x) if isinstance(mode, str) else y
+
+
+def in_a_loop(self, x, mode=None):
+    for _, layer in enumerate(self.layers):
+        x = layer[0](x) if isinstance(mode, str) else layer(x)
+    return x
+
+
+def after_a_list(self, x, mode=None):
+    blocks = [self.block]
+    y = self.block(x)
+    return y + blocks[0].conv(x) if isinstance(mode, str) else y
+
+
+def in_a_loop_over_none(self, x, mode=None):
+    x = self.layers[0](x)
+    for layer in self.layers[0][: int(x.shape[0]) - 1]:
+        x = layer(x)
+    return x
+
+
+def in_a_longer_loop(self, x, mode=None):
+    for i, layer in enumerate([self.layers[0]] * int(x.shape[0])):
+        x = layer(x) if i < 1 else layer[0](x)
+    return x
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [on_the_other_way, in_a_loop, after_a_list, in_a_loop_over_none, in_a_longer_loop],
+    ids=lambda forward: forward.__name__,
+)
+def test_what_a_variable_leads_to(forward):
+    class Asking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Pair(*conv_norm(3, 3))
+            self.layers = nn.ModuleList([nn.Sequential(*conv_norm(3, 3))])
+
+    torch.manual_seed(0)
+    Asking.forward = forward
+    model = prepared(Asking())
+    deployed = deploy(model)
+    assert_same(model, deployed, X)
+    torch.testing.assert_close(deployed(X, mode="raw"), model(X, mode="raw"))
+
+
 def test_a_question_that_decides_on_something_else():
     class Asking(Pair):
         def forward(self, x, mode=None):

@@ -34,8 +34,10 @@ class CodeRun:
     def __init__(self) -> None:
         self.originals: dict[nn.Module, nn.Module] = {}  # of the modules that the code ran for
         self.executed: defaultdict[Key, set[int]] = defaultdict(set)
-        # At each branch: the variables that were the output of a convolution, and the convolutions.
+        # At each branch: the variables that were the output of a convolution, and the convolutions; those that led
+        # to modules, and these.
         self.outputs: defaultdict[tuple[Key, int], set[tuple[str, int]]] = defaultdict(set)
+        self.held: defaultdict[tuple[Key, int], set[tuple[str, nn.Module]]] = defaultdict(set)
 
     def __enter__(self) -> "CodeRun":
         self.outer = sys.gettrace()
@@ -62,15 +64,18 @@ class CodeRun:
                         module = convolution_called(value)
                         if module is not None:
                             self.outputs[key, frame.f_lasti].add((name, id(module)))
+                        if value is not key[1]:
+                            self.held[key, frame.f_lasti] |= {(name, part) for part in _modules_in(value)}
             return run
 
         return run
 
-    def uses(self, not_followed: set[int]) -> dict[int, str]:
+    def uses(self, not_followed: dict[int, set[str]]) -> dict[int, str]:
         """What code that did not run might use, as far as it can be told from the names in it.
 
         Args:
-            not_followed: Ids of the modules whose forwards may use whatever they name.
+            not_followed: Ids of the modules whose forwards may use whatever they name, and which modules inside they
+                call: not what is inside of these, nor inside of those that another number in the name leads to.
 
         Returns:
             For modules, by id, the code that might use them.
@@ -78,24 +83,45 @@ class CodeRun:
         used = dict(self._used_by_functions_held())
         for key, executed in self.executed.items():
             code, owner = key[0], self.originals.get(key[1]) if key[1] is not None else None
-            told = f"in {code.co_qualname}, on a way that no exploration took"
-            names = _names(_instructions(code)) if id(owner) in not_followed else set()
+            parts = [] if owner is None else self._named_in(code, owner, not_followed.get(id(owner)))
             for branch, condition, untaken in _untaken(code, executed):
-                if _asks_whether_tensors(condition, {name for name, _ in self.outputs[key, branch]}):
-                    continue
-                loaded = {name for instruction in untaken for name in _variables(instruction)}
-                names |= _names(untaken)
-                for name, module in self.outputs[key, branch]:
-                    if name in loaded:
-                        used.setdefault(module, told)
-            if names and owner is not None:
-                names = _names_with_those_of_methods(names, owner)
-                for part in _reached_by(names, owner):
-                    used.setdefault(id(part), told)
-                for name in {name.removesuffix("()") for name in names} - _OF_EVERY_MODULE:
-                    for identity in reached_from(vars(owner).get(name)):
-                        used.setdefault(identity, told)
+                parts += self._on_the_other_way(key, branch, condition, untaken)
+            told = f"in {code.co_qualname}, on a way that no exploration took"
+            used |= {part: used.get(part, told) for part in parts}
         return used
+
+    def _named_in(self, code: CodeType, owner: nn.Module, called: set[str] | None) -> list[int]:
+        """What a forward may use that was not followed: whatever its code names."""
+        if called is None:
+            return []
+        seen = set(map(_any_number, called))
+        named = [(_any_number(name), part) for name, part in self._named(_names(_instructions(code)), owner)]
+        return [id(part) for name, part in named if name in seen or name.removesuffix(".#") not in seen]
+
+    def _on_the_other_way(
+        self, key: Key, branch: int, condition: list[dis.Instruction], untaken: list[dis.Instruction]
+    ) -> Iterator[int]:
+        """What the other way of a branch may use: of the module that the code is of, and of its variables."""
+        if _asks_whether_tensors(condition, {name for name, _ in self.outputs[key, branch]}):
+            return
+        loaded = {name for instruction in untaken for name in _variables(instruction)}
+        yield from (module for name, module in self.outputs[key, branch] if name in loaded)
+        # A loop over no items would be over what its condition names.
+        names = _names([*untaken, *(condition if _is_loop(key[0], branch) else ())])
+        roots = {self.originals.get(root, root) for name, root in self.held[key, branch] if name in loaded}
+        yield from map(id, roots)
+        if key[1] in self.originals and names:
+            roots.add(self.originals[key[1]])
+        for root in roots:
+            yield from (id(part) for _, part in self._named(names, root))
+
+    def _named(self, names: set[str], root: nn.Module) -> Iterator[tuple[str, Any]]:
+        """What code reaches from a module by names, and by those in the methods that these may be; each with a name."""
+        names = _names_with_those_of_methods(names, root)
+        yield from _reached_by(names, root)
+        for name in {name.removesuffix("()") for name in names} - _OF_EVERY_MODULE:
+            for part in reached_from(vars(root).get(name)).values():
+                yield name, part
 
     def _used_by_functions_held(self) -> Iterator[tuple[int, str]]:
         """What functions might use that modules have as attributes of their own, like methods, and that did not run."""
@@ -106,7 +132,7 @@ class CodeRun:
             for function in (each for value in held for each in _own_functions(value)):
                 if function.__code__ not in ran:
                     names = _names_with_those_of_methods(_names(_instructions(function.__code__)), module)
-                    for part in _reached_by(names, module):
+                    for _, part in _reached_by(names, module):
                         yield id(part), f"in {function.__qualname__}, which no exploration ran"
 
     def methods_that_did_not_run(self, module: nn.Module) -> Iterator[str]:
@@ -232,6 +258,10 @@ def _untaken(
             yield each.offset, condition, list(found.values())
 
 
+def _is_loop(code: CodeType, offset: int) -> bool:
+    return dis.opname[code.co_code[offset]] == "FOR_ITER"
+
+
 def _condition(instructions: tuple[dis.Instruction, ...], branch: int) -> list[dis.Instruction]:
     """What computes the condition of a branch."""
     found = []
@@ -313,18 +343,31 @@ def _names_with_those_of_methods(names: set[str], module: nn.Module) -> set[str]
     return known
 
 
-def _reached_by(names: set[str], module: nn.Module) -> Iterator[nn.Module]:
+def _reached_by(names: set[str], module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules inside one that code can reach which mentions these names.
 
     What is only called runs as it always does, whatever is inside.
     """
     if not names.isdisjoint(module._parameters):
-        yield module
-    if any(name.removesuffix("()") in _ENUMERATING for name in names):
-        yield from module.modules()
+        yield "", module
+    reaches_all = any(name.removesuffix("()") in _ENUMERATING for name in names)
     for name, part in module.named_modules(remove_duplicate=False):
         *around, last = name.split(".")
-        if all(step in names or step.isdigit() for step in around) and (
-            last in names or f"{last}()" in names or (last.isdigit() and len(around) > 0)
+        if reaches_all or (
+            all(step in names or step.isdigit() for step in around)
+            and (last in names or f"{last}()" in names or last.isdigit())
         ):
-            yield part
+            yield name, part
+
+
+def _any_number(name: str) -> str:
+    return ".".join("#" if step.isdigit() else step for step in name.split("."))
+
+
+def _modules_in(value: Any) -> Iterator[nn.Module]:
+    """A module, or those in a container."""
+    if issubclass(type(value), nn.Module):
+        yield value
+    elif type(value) in (list, tuple, dict):
+        parts = value.values() if type(value) is dict else value
+        yield from (part for part in parts if issubclass(type(part), nn.Module))

@@ -65,7 +65,13 @@ def doubts(
         # Where each of several batch norms becomes a convolution, there is no such output.
         if id(conv) in uses.read and any(conv is other and norm is not its for other, its in members):
             refusals.setdefault(id(conv), Refusal(SkipReason.SHARED, "the shape of its output is read"))
-    not_followed = {id(each.module) for each in found.explored if not _are_all(each)} - calling
+    not_followed = {
+        id(each.module): {
+            str(node.target) for path in each.paths for node in path.graph.nodes if node.op == "call_module"
+        }
+        for each in found.explored
+        if not _are_all(each) and id(each.module) not in calling
+    }
     possible = code.uses(not_followed)
     references = _References(model)
     followed = {id(each.module): each for each in found.explored}
