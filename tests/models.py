@@ -65,6 +65,20 @@ def modes(model):
     return {name: module.training for name, module in model.named_modules()}
 
 
+def snapshot(model):
+    """Everything that the modules of a model hold, by identity, and the contents of its tensors."""
+
+    def frozen(value):
+        if isinstance(value, dict):
+            return [(key, frozen(item)) for key, item in value.items()]
+        return [frozen(item) for item in value] if isinstance(value, (list, tuple)) else id(value)
+
+    return (
+        [(name, type(module), frozen(vars(module))) for name, module in model.named_modules()],
+        [(name, t._version, t.tolist()) for name, t in [*model.named_parameters(), *model.named_buffers()]],
+    )
+
+
 def through_pickle(model):
     return pickle.loads(pickle.dumps(model))
 
@@ -162,6 +176,8 @@ class Net(nn.Module):
 
 
 NET_PAIRS = 3
+#: With the one that its forward does not use.
+ALL_NET_PAIRS = 4
 
 
 def net(dtype=torch.float64):

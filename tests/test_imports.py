@@ -3,17 +3,12 @@
 import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from sources import FILES, PACKAGE
 
 import convbn_fx
 
-PACKAGE = Path(convbn_fx.__file__).parent
-FILES = {
-    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
-    for path in PACKAGE.rglob("*.py")
-}
 #: The command line, which an extra installs what it needs for.
 COMMANDS = {name for name in FILES if name == "__main__" or name.partition(".")[0] == "cli"}
 #: What only an extra installs, or what a library for any model has no business with.

@@ -3,7 +3,7 @@
 import copy
 
 import pytest
-from test_bench_transfer import folder_of_images
+from images import folder_of_images
 
 from bench.experiments import classification
 from bench.experiments.classification import MODES

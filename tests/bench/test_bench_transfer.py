@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from PIL import Image
+from images import folder_of_images
 from torch import nn
 
 from bench.harness.transfer import Recipe, Training, batches, digits, evaluate, image_folder, mean, take_turns
@@ -21,15 +21,6 @@ def data():
 def linear(data, seed=0):
     torch.manual_seed(seed)
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * data.size**2, data.classes))
-
-
-def folder_of_images(root, classes, count, *, first=0):
-    for number, name in enumerate(classes):
-        (root / name).mkdir(parents=True)
-        for index in range(first, first + count):
-            color = (80 * number, 10 * index, 99)
-            Image.new("RGB", (40 + index, 50), color).save(root / name / f"{index}.png")
-    return root
 
 
 # --- Images -------------------------------------------------------------------------------------------------------

@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from blocks import CROSSING, WAYS, ByReference, ConvLast, NormFirst
+from deployed import NORMS, assert_same, deployed_with, norms_in, storages, two_convs
+from hooks import HOOKS
 from models import (
+    ALL_NET_PAIRS,
     KINDS,
     LAYOUTS,
     ConvNormAct,
@@ -25,12 +29,11 @@ from models import (
     net,
     prepared,
     reasons,
+    snapshot,
     through_pickle,
     through_torch_save,
     with_slow,
 )
-from test_hooks import HOOKS
-from test_tune import CROSSING, WAYS, ByReference, ConvLast, NormFirst, snapshot
 from timm.layers import (
     BatchNormAct2d,
     Conv2dSame,
@@ -53,14 +56,10 @@ import convbn_fx
 from convbn_fx import deploy, register_conv, report, symbolic_trace, transform, tune
 from convbn_fx.api import tuned_and_deployed
 from convbn_fx.operands import Convolution
-from convbn_fx.testing import compare
 
 X = data(2, 3, 6, 6)
-NET_PAIRS = 4  # in a part that the network does not use as well
 PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 PLAIN += (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
-NORMS = (_BatchNorm, FrozenBatchNorm2d, FrozenBatchNormAct2d)
-TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 #: Deprecated, and still used.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning"),
@@ -69,44 +68,9 @@ pytestmark = [
 ]
 
 
-def assert_same(model, deployed, *inputs, **kwargs):
-    """Outputs, gradients of the inputs and random numbers are the same; parameters have no counterparts."""
-    calls = (lambda *args, call=call, **kwargs: call(*args, **kwargs) for call in (model, deployed))
-    comparison = compare(*calls, *inputs, kwargs=kwargs)
-    errors = {**comparison.outputs, **comparison.gradients, **comparison.state}
-    assert comparison.outputs
-    wrong = {name: error for name, error in errors.items() if not error <= TOLERANCES[inputs[0].dtype]}
-    assert not wrong
-
-
-def deployed_with(model, pairs, **options):
-    """The deployed model, in which so many pairs were folded; the caller's model is as it was."""
-    before = snapshot(model)
-    deployed = deploy(model, **options)
-    assert snapshot(model) == before
-    assert len(report(deployed).fused) == pairs, report(deployed)
-    return deployed
-
-
-def norms_in(model):
-    return [name for name, module in model.named_modules() if isinstance(module, NORMS)]
-
-
-def storages(model):
-    return {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values() if tensor.numel()}
-
-
 def pair(forward=None):
     torch.manual_seed(0)
     return prepared(Pair(nn.Conv2d(3, 4, 3, padding=1), forward=forward))
-
-
-def two_convs(forward):
-    """Two convolutions and two batch norms of the same shapes, called as a test says."""
-    torch.manual_seed(0)
-    model = Pair(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), forward)
-    model.conv2, model.norm2 = conv_norm(3, 3)
-    return prepared(model)
 
 
 # --- Every kind ---------------------------------------------------------------------------------------------------
@@ -366,7 +330,7 @@ def test_a_hook_on_a_block_that_a_pair_crosses(kind, block):
 def test_a_hook_on_the_block_around_a_pair():
     model = net()
     HOOKS["forward"](model.stem)
-    assert_same(model, deployed_with(model, NET_PAIRS), X)
+    assert_same(model, deployed_with(model, ALL_NET_PAIRS), X)
 
 
 # --- Classes ------------------------------------------------------------------------------------------------------
@@ -991,7 +955,7 @@ def test_without_data():
     deployed = deploy(prepared(Net().to("meta")))
     assert {p.device.type for p in deployed.parameters()} == {"meta"}
     assert deployed(X.to("meta")).shape == (2, 5)
-    assert len(report(deployed).fused) == NET_PAIRS
+    assert len(report(deployed).fused) == ALL_NET_PAIRS
 
 
 # --- requires_grad ------------------------------------------------------------------------------------------------
@@ -1070,7 +1034,7 @@ def test_deployed_in_a_context_without_gradients(context):
 )
 def test_only_some_modules(names, left):
     model = net()
-    deployed = deployed_with(model, NET_PAIRS - len(left), modules=names)
+    deployed = deployed_with(model, ALL_NET_PAIRS - len(left), modules=names)
     assert {name for name, reason in reasons(deployed).items() if reason == "NOT_SELECTED"} == left
     assert set(norms_in(deployed)) == left
     assert_same(model, deployed, X)
@@ -1103,9 +1067,9 @@ def test_wrong_arguments(arguments, error, message):
 def test_a_model_in_train_mode():
     model = net().train()
     deployed = deployed_with(model, 0)
-    assert Counter(reasons(deployed).values()) == {"TRAINING_MODE": NET_PAIRS}
+    assert Counter(reasons(deployed).values()) == {"TRAINING_MODE": ALL_NET_PAIRS}
     assert "eval()" in str(report(deployed))
-    assert len(norms_in(deployed)) == NET_PAIRS
+    assert len(norms_in(deployed)) == ALL_NET_PAIRS
     assert_same(model, deployed, X)
 
 
@@ -1122,7 +1086,7 @@ def test_a_graph_in_train_mode():
 def test_one_batch_norm_in_train_mode():
     model = net()
     model.block.first.norm.train()
-    deployed = deployed_with(model, NET_PAIRS - 1)
+    deployed = deployed_with(model, ALL_NET_PAIRS - 1)
     assert reasons(deployed) == {"block.first.norm": "TRAINING_MODE"}
     assert_same(model, deployed, X)
 
@@ -1139,7 +1103,7 @@ def test_batch_norms_frozen_by_hand():
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.eval()
-    deployed = deployed_with(model, NET_PAIRS)
+    deployed = deployed_with(model, ALL_NET_PAIRS)
     assert deployed.training
     assert deployed.dropout.training
     assert_same(model, deployed, X)
@@ -1148,7 +1112,7 @@ def test_batch_norms_frozen_by_hand():
 def test_modes_are_kept_and_switched():
     model = net()
     model.dropout.train()
-    deployed = deployed_with(model, NET_PAIRS)
+    deployed = deployed_with(model, ALL_NET_PAIRS)
     assert_same(model, deployed, X)
     expected = model.eval()(X)
     torch.testing.assert_close(deployed.train().eval()(X), expected)

@@ -7,8 +7,8 @@ from types import MethodType
 
 import pytest
 import torch
+from deployed import assert_same, norms_in
 from models import ConvNormAct, Pair, conv_norm, data, prepared, reasons
-from test_deploy import assert_same, norms_in
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm

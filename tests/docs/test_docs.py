@@ -1,17 +1,16 @@
 """Everything that the README and the pages show runs, and what they say of the code is so."""
 
-import importlib.util
 import os
 import pkgutil
 import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from sources import DOCS, HOOKS, PAGES, ROOT
 from torch import nn
 
 import convbn_fx
@@ -19,12 +18,6 @@ from convbn_fx import SkipReason, kinds
 from convbn_fx.functional import cost_rule as costs
 from convbn_fx.kinds import third_party as libraries
 
-ROOT = Path(__file__).parents[2]
-DOCS = ROOT / "docs"
-PAGES = {
-    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS.glob("*.md"))
-}
 SITE = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
 
 #: Pages whose blocks follow one another, as a reader would paste them.
@@ -32,16 +25,6 @@ CONTINUED = ("docs/tutorial.md", "docs/adding-a-kind.md")
 #: Libraries whose own code warns, or takes its time, when it is used.
 WARNING = ("foolbox", "lightning", "onnx", "segmentation_models_pytorch")
 SLOW = ("lightning", "inductor", "onnx", "segmentation_models_pytorch")
-
-
-def load_hooks():
-    spec = importlib.util.spec_from_file_location("docs_hooks", DOCS / "hooks.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-HOOKS = load_hooks()
 
 
 def page(name):

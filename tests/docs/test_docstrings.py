@@ -7,8 +7,7 @@ import re
 
 import pytest
 import torch
-from test_docs import HOOKS, PAGES
-from test_imports import FILES
+from sources import FILES, HOOKS, PAGES
 
 import convbn_fx
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from hooks import GLOBAL_HOOKS, HOOKS
 from models import Pair, data, fused, prepared
 from torch import nn
-from torch.nn.modules import module as global_hooks
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from convbn_fx import report, tune
@@ -12,29 +12,6 @@ from convbn_fx.memory import saved_bytes
 from convbn_fx.testing import assert_equivalent
 
 X = data(2, 3, 6, 6)
-
-
-def double(tensors):
-    return tuple(None if tensor is None else 2 * tensor for tensor in tensors)
-
-
-#: How a hook is put on a module; each changes what goes through.
-HOOKS = {
-    "forward": lambda m: m.register_forward_hook(lambda m, args, output: output.sin()),
-    "forward with kwargs": lambda m: m.register_forward_hook(
-        lambda m, args, kwargs, output: output * 2 + len(kwargs), with_kwargs=True
-    ),
-    "forward always called": lambda m: m.register_forward_hook(
-        lambda m, args, output: output + 1, prepend=True, always_call=True
-    ),
-    "forward pre": lambda m: m.register_forward_pre_hook(lambda m, args: (args[0].cos(),)),
-    "forward pre with kwargs": lambda m: m.register_forward_pre_hook(
-        lambda m, args, kwargs: ((2 * args[0],), kwargs), with_kwargs=True
-    ),
-    "full backward": lambda m: m.register_full_backward_hook(lambda m, grad_in, grad_out: double(grad_in)),
-    "full backward pre": lambda m: m.register_full_backward_pre_hook(lambda m, grad_out: double(grad_out)),
-    "non-full backward": lambda m: m.register_backward_hook(lambda m, grad_in, grad_out: double(grad_in)),
-}
 
 
 # a deprecated hook is a hook
@@ -85,27 +62,6 @@ def test_a_hook_on_the_graph_modules_own_view_of_a_module(model, kind, place):
     assert_equivalent(model, graph_module, X)
     assert not runs_as_one(model, graph_module)
     handle.remove()
-
-
-def only_inside(function):
-    """A global hook that lets whole models be, so that only what happens at each layer counts."""
-    return lambda m, *args: function(m, *args) if isinstance(m, (nn.Conv2d, nn.BatchNorm2d)) else None
-
-
-GLOBAL_HOOKS = {
-    "forward": lambda: global_hooks.register_module_forward_hook(
-        only_inside(lambda m, args, output: output.sin())
-    ),
-    "forward pre": lambda: global_hooks.register_module_forward_pre_hook(
-        only_inside(lambda m, args: (args[0].cos(),))
-    ),
-    "full backward": lambda: global_hooks.register_module_full_backward_hook(
-        only_inside(lambda m, grad_in, grad_out: double(grad_in))
-    ),
-    "full backward pre": lambda: global_hooks.register_module_full_backward_pre_hook(
-        only_inside(lambda m, grad_out: double(grad_out))
-    ),
-}
 
 
 @pytest.mark.parametrize("kind", GLOBAL_HOOKS)

@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import Functional, Net, Pair, data, modes, net, prepared, through_pickle
-from test_tune import snapshot
+from models import Functional, Net, Pair, data, modes, net, prepared, snapshot, through_pickle
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d
 from torch import nn
 from torch.nn import functional as F

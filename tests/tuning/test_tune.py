@@ -15,23 +15,36 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from blocks import (
+    CROSSING,
+    GRAPHS,
+    WAYS,
+    ByReference,
+    Chain,
+    ConvLast,
+    NormFirst,
+    traced_by_torch,
+    transformed,
+    untransformed,
+)
+from hooks import GLOBAL_HOOKS, HOOKS
 from models import (
+    ALL_NET_PAIRS,
     ConvNormAct,
     Functional,
     Net,
     Pair,
-    Residual,
     conv_norm,
     data,
     modes,
     net,
     prepared,
     reasons,
+    snapshot,
     through_pickle,
     through_torch_save,
     tuned_with,
 )
-from test_hooks import GLOBAL_HOOKS, HOOKS
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, hessian, jvp, stack_module_state, vmap
@@ -45,7 +58,6 @@ from convbn_fx.memory import saved_bytes
 from convbn_fx.testing import assert_equivalent
 
 X = data(2, 3, 6, 6)
-NET_PAIRS = 4  # in a part that the network does not use as well
 #: Deprecated, and still used.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning"),
@@ -56,20 +68,6 @@ pytestmark = [
 
 def runs_fused(model, tuned, *inputs):
     return saved_bytes(tuned, *(inputs or (X,))) < saved_bytes(model, *(inputs or (X,)))
-
-
-def snapshot(model):
-    """Everything that the modules of a model hold, by identity, and the contents of its tensors."""
-
-    def frozen(value):
-        if isinstance(value, dict):
-            return [(key, frozen(item)) for key, item in value.items()]
-        return [frozen(item) for item in value] if isinstance(value, (list, tuple)) else id(value)
-
-    return (
-        [(name, type(module), frozen(vars(module))) for name, module in model.named_modules()],
-        [(name, t._version, t.tolist()) for name, t in [*model.named_parameters(), *model.named_buffers()]],
-    )
 
 
 def gradients(model, run, x=X):
@@ -90,7 +88,7 @@ def pair():
 
 def test_a_network():
     model = net()
-    tuned = tuned_with(model, NET_PAIRS)
+    tuned = tuned_with(model, ALL_NET_PAIRS)
     assert_equivalent(model, tuned, X)
     assert runs_fused(model, tuned)
     assert not reasons(tuned)
@@ -135,7 +133,7 @@ def test_nothing_to_fuse(model):
 def test_a_batch_norm_in_train_mode_is_left():
     model = net()
     model.block.first.norm.train()
-    tuned = tuned_with(model, NET_PAIRS - 1)
+    tuned = tuned_with(model, ALL_NET_PAIRS - 1)
     assert reasons(tuned)["block.first.norm"] == "TRAINING_MODE"
     assert_equivalent(model, tuned, X)
 
@@ -143,7 +141,7 @@ def test_a_batch_norm_in_train_mode_is_left():
 def test_include_training():
     model = net().train()
     model.dropout.eval()
-    tuned = tuned_with(model, NET_PAIRS, include_training=True)
+    tuned = tuned_with(model, ALL_NET_PAIRS, include_training=True)
     assert_equivalent(model, tuned, X)
     assert not runs_fused(model, tuned)
     for other in (model, tuned):
@@ -154,7 +152,7 @@ def test_include_training():
 
 def test_mixed_modes_flipped_after_tune():
     model = net()
-    tuned = tuned_with(model, NET_PAIRS)
+    tuned = tuned_with(model, ALL_NET_PAIRS)
     for names in (["stem.norm"], ["block"], ["block.second", "dropout"], ["stem", "head"], [""]):
         for other in (model, tuned):
             for name in names:
@@ -179,10 +177,10 @@ def test_mixed_modes_flipped_after_tune():
 )
 def test_only_some_modules(names, left):
     model = net()
-    tuned = tuned_with(model, NET_PAIRS - len(left), modules=names)
+    tuned = tuned_with(model, ALL_NET_PAIRS - len(left), modules=names)
     assert {name for name, reason in reasons(tuned).items() if reason == "NOT_SELECTED"} == left
     assert_equivalent(model, tuned, X)
-    assert runs_fused(model, tuned) == (len(left) < NET_PAIRS)
+    assert runs_fused(model, tuned) == (len(left) < ALL_NET_PAIRS)
 
 
 def test_a_name_that_begins_like_another_is_not_selected():
@@ -214,8 +212,8 @@ def test_the_other_options_are_named():
 @pytest.mark.parametrize("copied", [nn.Module.eval, copy.deepcopy, through_pickle, tune])
 def test_norm_eval(copied):
     model = net().train()
-    tuned = copied(tuned_with(model, NET_PAIRS, norm_eval=True))
-    assert len(report(tuned).fused) == NET_PAIRS
+    tuned = copied(tuned_with(model, ALL_NET_PAIRS, norm_eval=True))
+    assert len(report(tuned).fused) == ALL_NET_PAIRS
     for mode in (True, False, True):
         tuned.train(mode)
         norms = {name for name in modes(tuned) if name.endswith(("norm", "unused.1"))}
@@ -235,57 +233,6 @@ def test_norm_eval_of_a_part():
 
 
 # --- Pairs across borders, shared modules ------------------------------------------------------------------------
-
-
-class ConvLast(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(x.sin())
-
-
-class NormFirst(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.BatchNorm2d(4)
-
-    def forward(self, x):
-        return self.norm(x).relu()
-
-
-class Chain(nn.Module):
-    """Pairs that no single block holds, and a method beside forward."""
-
-    def __init__(self, *blocks):
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.head = nn.Linear(4, 2)
-
-    def forward_features(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-    def forward_head(self, x):
-        return self.head(x.mean((2, 3)))
-
-    def forward(self, x):
-        return self.forward_head(self.forward_features(x))
-
-
-CROSSING = {
-    "two blocks": lambda: Chain(ConvLast(), NormFirst()),
-    "block and norm": lambda: Chain(ConvLast(), nn.BatchNorm2d(4)),
-    "conv and block": lambda: Chain(nn.Conv2d(3, 4, 3), NormFirst()),
-    "nested sequentials": lambda: Chain(
-        nn.Sequential(nn.ReLU(), nn.Sequential(ConvLast())),
-        nn.Sequential(nn.Sequential(NormFirst()), nn.ReLU()),
-    ),
-    "one sequential": lambda: Chain(nn.Sequential(nn.Sequential(ConvLast()), nn.Sequential(NormFirst()))),
-    "plain layers": lambda: Chain(*conv_norm()),
-}
 
 
 @pytest.fixture(params=CROSSING)
@@ -821,7 +768,7 @@ def test_a_copy_is_still_fused(copied, times):
     duplicate = tune(model)
     for _ in range(times):
         duplicate = copied(duplicate)
-    assert len(report(duplicate).fused) == NET_PAIRS
+    assert len(report(duplicate).fused) == ALL_NET_PAIRS
     assert isinstance(duplicate, Net)
     assert_equivalent(model, duplicate, X)
     assert runs_fused(model, duplicate)
@@ -885,7 +832,7 @@ def test_tuned_again_the_first_lives_on():
     model = net()
     first = tune(model)
     second = tune(first, modules=["stem"])
-    assert len(report(first).fused) == NET_PAIRS
+    assert len(report(first).fused) == ALL_NET_PAIRS
     assert len(report(second).fused) == 1
     assert saved_bytes(first, X) < saved_bytes(second, X) < saved_bytes(model, X)
     assert_equivalent(first, second, X)
@@ -894,9 +841,9 @@ def test_tuned_again_the_first_lives_on():
 def test_a_tuned_part_of_a_larger_model():
     model = net()
     larger = nn.Sequential(tune(model), nn.Linear(5, 2).double())
-    assert len(report(larger).fused) == NET_PAIRS
+    assert len(report(larger).fused) == ALL_NET_PAIRS
     assert runs_fused(model, larger[0])
-    assert len(report(tune(larger)).fused) == NET_PAIRS
+    assert len(report(tune(larger)).fused) == ALL_NET_PAIRS
 
 
 # --- Compositions -------------------------------------------------------------------------------------------------
@@ -1217,56 +1164,6 @@ def test_class_and_attributes():
     assert_equivalent(model, tuned, X, 2.0)
 
 
-class ByReference(nn.Module):
-    """Reaches its parts by other ways than attributes of their names."""
-
-    def __init__(self, way):
-        super().__init__()
-        self.conv, self.norm = conv_norm()
-        self.drop = nn.Dropout(0.5)
-        parts = [self.conv, self.norm, self.drop]
-        self.parts = {
-            "list": parts,
-            "tuple": tuple(parts),
-            "dict": dict(enumerate(parts)),
-            "namespace": SimpleNamespace(parts=parts),
-            "bound method": [part.forward for part in parts],
-            "partial": functools.partial(self.run, parts),
-            "closure": lambda x: self.drop(self.norm(self.conv(x))),
-            "weak reference": weakref.ref(self),
-            "weak list": [weakref.ref(part) for part in parts],
-            "weak dict": weakref.WeakValueDictionary(enumerate(parts)),
-            "self": [self],
-        }[way]
-        self.way = way
-
-    @staticmethod
-    def run(parts, x):
-        for part in parts:
-            x = part(x)
-        return x
-
-    def forward(self, x):
-        match self.way:
-            case "dict" | "weak dict":
-                return self.run([self.parts[i] for i in range(3)], x)
-            case "namespace":
-                return self.run(self.parts.parts, x)
-            case "partial" | "closure":
-                return self.parts(x)
-            case "weak reference":
-                return self.run([self.parts().conv, self.parts().norm, self.parts().drop], x)
-            case "weak list":
-                return self.run([part() for part in self.parts], x)
-            case "self":
-                return self.run(list(self.parts[0].children()), x)
-        return self.run(self.parts, x)
-
-
-WAYS = ["list", "tuple", "dict", "bound method", "partial", "closure"]
-WAYS += ["weak reference", "weak list", "self"]
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_references_lead_to_the_copies(way):
     model = prepared(ByReference(way))
@@ -1324,29 +1221,6 @@ def test_feature_extraction_by_hooks():
 
 
 # --- Other modules inside -----------------------------------------------------------------------------------------
-
-
-def traced_by_torch():
-    return torch.fx.symbolic_trace(prepared(Residual(4)))
-
-
-def transformed():
-    return convbn_fx.transform(convbn_fx.symbolic_trace(prepared(Residual(4))))
-
-
-def untransformed():
-    return convbn_fx.symbolic_trace(prepared(Residual(4)))
-
-
-def exported():
-    return torch.export.export(prepared(Residual(4)), (data(2, 4, 6, 6),)).module()
-
-
-def traced_block():
-    return torch.fx.symbolic_trace(prepared(nn.Sequential(*conv_norm(4, 4), nn.Conv2d(4, 4, 1))))
-
-
-GRAPHS = {traced_by_torch: 2, transformed: 2, untransformed: 2, exported: 2, traced_block: 1}
 
 
 @pytest.mark.parametrize("graph", GRAPHS, ids=lambda graph: graph.__name__)

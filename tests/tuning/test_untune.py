@@ -7,7 +7,9 @@ import warnings
 import pytest
 import torch
 import torchvision
+from blocks import GRAPHS, traced_by_torch
 from models import (
+    ALL_NET_PAIRS,
     Functional,
     Pair,
     Residual,
@@ -19,7 +21,6 @@ from models import (
     through_pickle,
     tuned_with,
 )
-from test_tune import GRAPHS, NET_PAIRS, traced_by_torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -82,7 +83,7 @@ def test_there_and_back(options):
     tuned.dropout.eval()
     plain.dropout.eval()
     assert_equivalent(original, plain, X)
-    assert len(convbn_fx.report(tuned_with(plain, NET_PAIRS)).fused) == NET_PAIRS
+    assert len(convbn_fx.report(tuned_with(plain, ALL_NET_PAIRS)).fused) == ALL_NET_PAIRS
     assert_equivalent(original, tuned, X)
 
 
