@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from convbn_fx import kinds
-from convbn_fx.deploying.baking import Baked, bake, bake_graph, skipped
+from convbn_fx.deploying.baking import Baked, bake, bake_graph
 from convbn_fx.deploying.checking import check_example_inputs, check_outputs
 from convbn_fx.functional import native
 from convbn_fx.fx.graph_module import GraphModule, make_plain
@@ -19,7 +19,7 @@ from convbn_fx.fx.pairs import OwnedPair
 from convbn_fx.fx.private_copy import private_copy
 from convbn_fx.fx.rewriting import copied, rewrite, unfuse
 from convbn_fx.kinds.modes import batch_norms, selected
-from convbn_fx.records import Refusal, Report, Skip, SkipReason, without_wrappers
+from convbn_fx.records import Report, Skip, SkipReason, without_wrappers
 from convbn_fx.tuning.cloning import Model, clone, untuned_class
 from convbn_fx.tuning.exploring.discovery import Discovery, Explored, discover
 from convbn_fx.tuning.exploring.exploration import GuessedTensor
@@ -356,8 +356,8 @@ def _unseen(model: nn.Module, baked: list[Baked], explored: list[Explored]) -> t
         for group, each in changed.values():
             group.undo()
             detail = f"{type(each.module).__name__} looks at what it is"
-            refusal = Refusal(SkipReason.MAY_BE_USED_ELSEWHERE, detail)
-            skips += [skipped(pair, refusal) for pair in group.pairs]
+            reason = SkipReason.MAY_BE_USED_ELSEWHERE
+            skips += [Skip(pair.record.batch_norm, reason, detail) for pair in group.pairs]
         baked = [group for group in baked if id(group) not in changed]
 
 

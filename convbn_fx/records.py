@@ -1,9 +1,4 @@
-"""What the phases of the pass hand to one another, and what it tells its user.
-
-[`Pair`][convbn_fx.report.Pair] and [`Skip`][convbn_fx.report.Skip] are plain strings and flags, so that a
-[`Report`][convbn_fx.report.Report] can be copied, pickled, compared and printed;
-[`Match`][convbn_fx.report.Match] adds the graph nodes of a pair.
-"""
+"""What the pass tells its user: plain strings and flags, to be copied, pickled, compared and printed."""
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -182,15 +177,6 @@ class Skip:
     def without_prefix(self, prefix: str) -> "Skip":
         """The same batch norm with its name in the sub-module `prefix`."""
         return replace(self, batch_norm=self.batch_norm[len(prefix) + 1 if prefix else 0 :])
-
-
-class Refusal(Exception):
-    """Raised where a batch norm turns out to be one that stays; who asked makes a `Skip` of it."""
-
-    def __init__(self, reason: SkipReason, detail: str = "") -> None:
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from convbn_fx.functional import conv_batch_norm
 from convbn_fx.functional.arithmetic import output_channels
 from convbn_fx.functional.folding import fold
 from convbn_fx.fx.graph_module import GraphModule
-from convbn_fx.fx.pairs import OwnedPair
+from convbn_fx.fx.pairs import OwnedPair, Refusal
 from convbn_fx.fx.rewriting import BATCH_NORM
 from convbn_fx.operands import BatchNorm, Convolution
-from convbn_fx.records import Refusal, Skip, SkipReason
+from convbn_fx.records import Skip, SkipReason
 
 
 class Folded(nn.Identity):
@@ -82,7 +82,7 @@ class Baked:
 
 
 def bake(
-    model: nn.Module, pairs: Iterable[OwnedPair], doubts: dict[int, Refusal]
+    model: nn.Module, pairs: Iterable[OwnedPair], doubts: dict[int, tuple[SkipReason, str]]
 ) -> tuple[list[Baked], list[Skip]]:
     """Turns the convolutions of pairs into plain ones with baked parameters, and their batch norms into nothing.
 
@@ -105,17 +105,12 @@ def bake(
             _check_what_is_between(model, group)
             replacements = _replacements([(*_members(model, pair), _named(pair)) for pair in group], doubts)
         except Refusal as refusal:
-            skips += [skipped(pair, refusal) for pair in group]
+            skips += [Skip(pair.record.batch_norm, refusal.reason, refusal.detail) for pair in group]
             continue
         baked.append(Baked(group, [(module, type(module), dict(vars(module))) for module, _ in replacements]))
         for module, replacement in replacements:
             _turn_into(module, replacement)
     return baked, skips
-
-
-def skipped(pair: OwnedPair, refusal: Refusal) -> Skip:
-    """What is told of a pair that could not be baked."""
-    return Skip(pair.record.batch_norm, refusal.reason, refusal.detail)
 
 
 def _members(model: nn.Module, pair: OwnedPair) -> tuple[nn.Module, nn.Module]:
@@ -148,7 +143,8 @@ def _check_what_is_between(model: nn.Module, pairs: list[OwnedPair]) -> None:
 
 
 def _replacements(
-    members: list[tuple[nn.Module, nn.Module, Convolution[str] | None]], doubts: dict[int, Refusal]
+    members: list[tuple[nn.Module, nn.Module, Convolution[str] | None]],
+    doubts: dict[int, tuple[SkipReason, str]],
 ) -> list[tuple[nn.Module, nn.Module]]:
     """Each module of a group, and what takes its place."""
     members = list({(id(conv), id(norm), call): (conv, norm, call) for conv, norm, call in members}.values())
@@ -158,7 +154,7 @@ def _replacements(
     baked = [(conv, norm, _baked(conv, norm, call)) for conv, norm, call in members]
     for module in (*convs, *norms):
         if id(module) in doubts:
-            raise doubts[id(module)]
+            raise Refusal(*doubts[id(module)])
     rank = baked[0][2].rank
     if len(norms) == 1 and len(baked) == len(convs):
         (norm,) = norms

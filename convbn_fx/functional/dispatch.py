@@ -78,7 +78,7 @@ def conv_batch_norm(
             return handle_torch_function(conv_batch_norm, proxies, conv, norm, *args, **kwargs)
     if len(args) == 1 and not torch.compiler.is_compiling() and are_cheaper_apart(conv, norm, *args):
         return batch_norm(norm, convolution(conv, *args, **kwargs))
-    norm_kind = frozen_kind(norm)
+    norm_kind = fusible_kind(norm)
     if norm_kind is not None and (read := _convolution_reader(conv)) is not None:
         input, operands = read(*args, **kwargs)
         normalised = normalised_convolution(input, operands, batch_norm_operands(norm, norm_kind), norm_kind)
@@ -107,7 +107,7 @@ def normalised_convolution(
         input: The convolution's input.
         conv: Its operands.
         norm: Those of a batch norm with frozen statistics.
-        norm_kind: Its [`frozen_kind`][convbn_fx.functional.frozen_kind].
+        norm_kind: Its `fusible_kind`.
 
     Returns:
         The normalised tensor; None where the two have to run, or are cheaper, one after the other.
@@ -167,7 +167,7 @@ def _convolution_reader(conv: nn.Module | Convolution) -> Callable[..., tuple[An
 _FUNCTIONAL_BATCH_NORM: Final = kinds.BATCH_NORM_FUNCTIONS[F.batch_norm]
 
 
-def frozen_kind(norm: nn.Module | BatchNorm) -> BatchNormKind | None:
+def fusible_kind(norm: nn.Module | BatchNorm) -> BatchNormKind | None:
     """The batch norm's row of the table, or None unless calling it normalises by running statistics and no more."""
     if isinstance(norm, BatchNorm):
         return _FUNCTIONAL_BATCH_NORM

@@ -16,10 +16,10 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from convbn_fx import _torch, functional, kinds
 from convbn_fx.functional.arithmetic import output_channels
-from convbn_fx.fx.pairs import Match
+from convbn_fx.fx.pairs import Match, Refusal
 from convbn_fx.kinds import BatchNormKind, ConvolutionKind
 from convbn_fx.operands import BatchNorm, Convolution
-from convbn_fx.records import Pair, Refusal, Skip, SkipReason
+from convbn_fx.records import Pair, Skip, SkipReason
 
 
 def find_pairs(graph_module: GraphModule, include_training: bool = False) -> tuple[list[Match], list[Skip]]:

@@ -6,7 +6,16 @@ from typing import Any
 from torch.fx import Node
 
 from convbn_fx.operands import BatchNorm, Convolution
-from convbn_fx.records import Pair
+from convbn_fx.records import Pair, SkipReason
+
+
+class Refusal(Exception):
+    """Raised where a batch norm turns out to be one that stays; who asked makes a `Skip` of it."""
+
+    def __init__(self, reason: SkipReason, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
 
 
 @dataclass(frozen=True)

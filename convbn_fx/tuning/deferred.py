@@ -32,7 +32,7 @@ from convbn_fx.functional.autocast import autocast_state, computing_dtype, in_au
 from convbn_fx.functional.dispatch import (
     are_cheaper_apart,
     batch_norm_operands,
-    frozen_kind,
+    fusible_kind,
     normalised_convolution,
     with_epilogue,
 )
@@ -311,7 +311,7 @@ class Waiting:
             self.is_taken = True
             return with_epilogue(self.norm, self.norm_kind, normalised)  # type: ignore[arg-type]
         # Which one would come was not known, or it computes its operands anew whenever they are read.
-        kind = frozen_kind(norm)
+        kind = fusible_kind(norm)
         if kind is None or not self._is_unchanged():
             return None
         normalised = normalised_convolution(self.input, self.conv, batch_norm_operands(norm, kind), kind)

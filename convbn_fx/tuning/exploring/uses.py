@@ -22,7 +22,7 @@ from convbn_fx.fx.matching import find_pairs_in, reads_metadata
 from convbn_fx.fx.pairs import OwnedPair
 from convbn_fx.fx.private_copy import PrivateCopy, private_copy
 from convbn_fx.fx.proxies import READ_BY_NAME
-from convbn_fx.records import Refusal, SkipReason
+from convbn_fx.records import SkipReason
 from convbn_fx.tuning.exploring.discovery import Discovery, Explored
 from convbn_fx.tuning.exploring.exploration import (
     GuessedTensor,
@@ -36,7 +36,7 @@ from convbn_fx.tuning.exploring.untaken import CodeRun
 
 def doubts(
     model: nn.Module, found: Discovery, pairs: Iterable[OwnedPair], code: CodeRun
-) -> dict[int, Refusal]:
+) -> dict[int, tuple[SkipReason, str]]:
     """Which convolutions and batch norms of pairs may also be used in another way.
 
     Args:
@@ -46,7 +46,7 @@ def doubts(
         code: What of the model's code ran while it was explored.
 
     Returns:
-        For each such module, by id, who may use it.
+        For each such module, by id, why it is to stay, and who may use it.
     """
     pairs = list(pairs)
     members = [
@@ -58,13 +58,13 @@ def doubts(
     explored = found.explored + _other_methods(model, found, code)
     uses = _Uses(model, explored, {(id(conv), id(norm)) for conv, norm in members}, calling)
     refusals = {
-        identity: Refusal(SkipReason.CONVOLUTION_OUTPUT_USED_ELSEWHERE, detail)
+        identity: (SkipReason.CONVOLUTION_OUTPUT_USED_ELSEWHERE, detail)
         for identity, detail in uses.apart.items()
     }
     for conv, norm in members:
         # Where each of several batch norms becomes a convolution, there is no such output.
         if id(conv) in uses.read and any(conv is other and norm is not its for other, its in members):
-            refusals.setdefault(id(conv), Refusal(SkipReason.SHARED, "the shape of its output is read"))
+            refusals.setdefault(id(conv), (SkipReason.SHARED, "the shape of its output is read"))
     not_followed = {
         id(each.module): {
             str(node.target) for path in each.paths for node in path.graph.nodes if node.op == "call_module"
@@ -81,7 +81,7 @@ def doubts(
         if id(module) in calling and not doubt:
             doubt = _doubt_about_its_call(followed[id(module)])
         if doubt:
-            refusals.setdefault(id(module), Refusal(SkipReason.MAY_BE_USED_ELSEWHERE, doubt))
+            refusals.setdefault(id(module), (SkipReason.MAY_BE_USED_ELSEWHERE, doubt))
     return refusals
 
 
