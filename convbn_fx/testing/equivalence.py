@@ -8,21 +8,14 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from convbn_fx.testing.observing import (
-    Model,
-    Values,
-    is_inexact,
-    observe_both,
-    observe_rounding,
-    observe_with_contiguous_gradients,
-)
+from convbn_fx.testing.observing import Model, Observer, Values, is_inexact
 
 #: Errors allowed per dtype: relative to the largest magnitude of the tensor itself, and to that of all
 #: tensors of the same module, because what is zero but for rounding (the gradient of a bias whose effect
@@ -110,9 +103,8 @@ def compare(
         assert comparison.gradients["gradient of bias"] == 0
         ```
     """
-    expected, actual = observe_both(
-        reference, candidate, inputs, kwargs or {}, seed=seed, input_gradients=input_gradients
-    )
+    observer = Observer(inputs, kwargs or {}, seed, input_gradients)
+    expected, actual = observer.both(reference, candidate)
     if expected.error is not None:
         raise expected.error
     _assert_same_names(expected.outputs, actual.outputs)
@@ -213,10 +205,9 @@ def assert_equivalent(
         assert_equivalent(model, tuned, torch.randn(2, 3, 8, 8, dtype=torch.float64))
         ```
     """
-    expected, actual = observe_both(
-        reference, candidate, inputs, kwargs or {}, seed=seed, input_gradients=input_gradients
-    )
-    again = _Again(reference, inputs, kwargs or {}, seed, input_gradients)
+    observer = Observer(inputs, kwargs or {}, seed, input_gradients)
+    expected, actual = observer.both(reference, candidate)
+    again = _Again(reference, observer)
     for wanted, found in (
         (expected.outputs, actual.outputs),
         (expected.gradients, actual.gradients),
@@ -292,10 +283,7 @@ class _Again:
     """Further calls of the reference, for a gradient that is not close."""
 
     reference: Model
-    inputs: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    seed: int
-    input_gradients: bool
+    observer: Observer
 
     def judge(self, difference: _Difference, allowed: _Allowed, found: object, counts_noise: bool) -> None:
         """Raise AssertionError unless the difference is rounding, or say whose fault it is."""
@@ -314,18 +302,15 @@ class _Again:
 
     @cached_property
     def _roundings(self) -> list[Values]:
-        observe = partial(observe_rounding, self.reference, self.inputs, self.kwargs)
         return [
-            observe(seed=self.seed, input_gradients=self.input_gradients, number=number).gradients
-            for number in range(_ROUNDINGS)
+            self.observer.with_roundings(self.reference, number).gradients for number in range(_ROUNDINGS)
         ]
 
     @cached_property
     def _with_contiguous_gradients(self) -> Values:
         if not isinstance(self.reference, nn.Module):
             return {}
-        observe = partial(observe_with_contiguous_gradients, self.reference, self.inputs, self.kwargs)
-        return observe(seed=self.seed, input_gradients=self.input_gradients).gradients
+        return self.observer.with_contiguous_gradients(self.reference).gradients
 
 
 _FAULT_OF_PYTORCH = (

@@ -13,7 +13,7 @@ import random
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -50,136 +50,149 @@ class Call:
         return f"raised {self.error!r}" if self.error is not None else "returned"
 
 
-def observe_both(
-    reference: Model,
-    candidate: Model,
-    inputs: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    *,
-    seed: int,
-    input_gradients: bool,
-) -> tuple[Call, Call]:
-    """Observe each of two models from the same state.
+@dataclass(frozen=True)
+class Observer:
+    """Calls models, and writes down what they do.
 
-    Args:
-        reference: a module, or any callable, of whose state nothing is known.
-        candidate: the other.
+    Attributes:
         inputs: positional arguments; each model gets copies.
         kwargs: keyword arguments, treated alike.
         seed: of the cotangents.
         input_gradients: whether the inputs require grad.
-
-    Returns:
-        What each did.
-
-    Raises:
-        AssertionError: only one of them raised, or another type than the other.
     """
-    models = (reference, candidate)
-    devices = _accelerators(inputs, kwargs, *models)
-    put_back = _snapshot(models, devices)
-    calls = []
-    for model in models:
+
+    inputs: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    seed: int
+    input_gradients: bool
+
+    def both(self, reference: Model, candidate: Model) -> tuple[Call, Call]:
+        """Observe each of two models from the same state.
+
+        Args:
+            reference: a module, or any callable, of whose state nothing is known.
+            candidate: the other.
+
+        Returns:
+            What each did.
+
+        Raises:
+            AssertionError: only one of them raised, or another type than the other.
+        """
+        models = (reference, candidate)
+        devices = _accelerators(self.inputs, self.kwargs, *models)
+        put_back = _snapshot(models, devices)
+        calls = []
+        for model in models:
+            try:
+                call = self._observe(model)
+                after = {f"{name} after the call": value for name, value in _random_state(devices).items()}
+                call.state |= after
+                calls.append(call)
+            finally:
+                put_back()
+        expected, actual = calls
+        if type(expected.error) is not type(actual.error):
+            message = f"the reference {expected}, but the candidate {actual}"
+            raise AssertionError(message) from (actual.error or expected.error)
+        for name in _non_persistent_buffers(
+            candidate
+        ):  # the candidate may have more of them than the reference
+            key = f"buffer {name} after the call"
+            if key not in expected.state:
+                actual.state.pop(key, None)
+        return expected, actual
+
+    def with_roundings(self, reference: Model, number: int) -> Call:
+        """Observe a model whose inputs, parameters and buffers are off by at most one rounding each.
+
+        How far its gradients move tells how exactly they can be known: what is zero but for rounding moves by as much
+        as it is. Other numbers draw other roundings.
+        """
+        generator = torch.Generator().manual_seed(number)
+        moved: dict[int, tuple[Tensor, Tensor]] = {}  # by identity: (the tensor, what stands for it)
+
+        def off(tensor: Tensor) -> Tensor:
+            if not tensor.is_floating_point():
+                return tensor
+            if id(tensor) not in moved:
+                steps = torch.randint(-1, 2, tensor.shape, generator=generator).to(tensor.device)
+                other = tensor.detach().clone()
+                moved[id(tensor)] = tensor, other.add_(other * steps * torch.finfo(tensor.dtype).eps)
+            return moved[id(tensor)][1]
+
+        put_back = _snapshot([reference], _accelerators(self.inputs, self.kwargs, reference))
         try:
-            call = _observe(model, inputs, kwargs, seed=seed, input_gradients=input_gradients)
-            after = {f"{name} after the call": value for name, value in _random_state(devices).items()}
-            call.state |= after
-            calls.append(call)
+            for kind in ("parameters", "buffers"):
+                for tensor in _named(reference, kind).values():
+                    tensor.data.copy_(off(tensor))
+            inputs, kwargs = pytree.tree_map_only(Tensor, off, (self.inputs, dict(self.kwargs)))
+            return replace(self, inputs=inputs, kwargs=kwargs)._observe(reference)
         finally:
             put_back()
-    expected, actual = calls
-    if type(expected.error) is not type(actual.error):
-        message = f"the reference {expected}, but the candidate {actual}"
-        raise AssertionError(message) from (actual.error or expected.error)
-    for name in _non_persistent_buffers(candidate):  # the candidate may have more of them than the reference
-        key = f"buffer {name} after the call"
-        if key not in expected.state:
-            actual.state.pop(key, None)
-    return expected, actual
 
+    def with_contiguous_gradients(self, reference: nn.Module) -> Call:
+        """Observe a model whose batch norms are handed contiguous gradients.
 
-def observe_rounding(
-    reference: Model,
-    inputs: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    *,
-    seed: int,
-    input_gradients: bool,
-    number: int,
-) -> Call:
-    """Observe a model whose inputs, parameters and buffers are off by at most one rounding each.
+        PyTorch's own backward pass of a batch norm on the CPU is wrong for a batch of one where they are not.
+        """
+        put_back = _snapshot([reference], _accelerators(self.inputs, self.kwargs, reference))
+        handles = [
+            module.register_forward_hook(lambda module, args, output: _ContiguousGradient.apply(output))
+            for module in reference.modules()
+            if isinstance(module, BatchNormBase)
+        ]
+        try:
+            return self._observe(reference)
+        finally:
+            for handle in handles:
+                handle.remove()
+            put_back()
 
-    How far its gradients move tells how exactly they can be known: what is zero but for rounding moves by as much as it
-    is.
+    def _observe(self, model: Model) -> Call:
+        """Call the model on a copy of the inputs, and write down what happens."""
+        call = Call()
+        copies: dict[int, tuple[Tensor, Tensor]] = {}  # by identity: (the leaf, what the model gets)
 
-    Args:
-        reference: as in `observe_both`.
-        inputs: as there.
-        kwargs: as there.
-        seed: as there.
-        input_gradients: as there.
-        number: other numbers draw other roundings.
+        def copied(tensor: Tensor) -> Tensor:
+            if id(tensor) not in copies:
+                leaf = tensor.detach().clone()
+                leaf.requires_grad_(torch.is_grad_enabled() and self.input_gradients and is_inexact(leaf))
+                copies[id(tensor)] = leaf, leaf.clone()
+            return copies[id(tensor)][1]
 
-    Returns:
-        What it did.
-    """
-    generator = torch.Generator().manual_seed(number)
-    moved: dict[int, tuple[Tensor, Tensor]] = {}  # by identity: (the tensor, what stands for it)
+        given = {f"input {name}": value for name, value in [*enumerate(self.inputs), *self.kwargs.items()]}
+        fed = pytree.tree_map_only(Tensor, copied, given)
+        arguments = list(fed.values())
+        positional, keywords = arguments[: len(self.inputs)], arguments[len(self.inputs) :]
 
-    def off(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor
-        if id(tensor) not in moved:
-            steps = torch.randint(-1, 2, tensor.shape, generator=generator).to(tensor.device)
-            other = tensor.detach().clone()
-            moved[id(tensor)] = tensor, other.add_(other * steps * torch.finfo(tensor.dtype).eps)
-        return moved[id(tensor)][1]
+        sources = {
+            name: copies[id(tensor)][0]
+            for name, tensor in _flatten_all(given).items()
+            if id(tensor) in copies
+        }
+        sources |= _named(model, "parameters")
+        sources = {
+            f"gradient of {name}": source
+            for name, source in sources.items()
+            if torch.is_grad_enabled() and source.requires_grad
+        }
 
-    put_back = _snapshot([reference], _accelerators(inputs, kwargs, reference))
-    try:
-        for kind in ("parameters", "buffers"):
-            for tensor in _named(reference, kind).values():
-                tensor.data.copy_(off(tensor))
-        inputs, kwargs = pytree.tree_map_only(Tensor, off, (inputs, dict(kwargs)))
-        return _observe(reference, inputs, kwargs, seed=seed, input_gradients=input_gradients)
-    finally:
-        put_back()
+        try:
+            with warnings.catch_warnings():  # Dynamo reads .grad of its inputs, also where they are no leaves
+                warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+                result = model(*positional, **dict(zip(self.kwargs, keywords, strict=True)))
+            outputs = _flatten("output", result)
+            call.outputs = {name: _frozen(value) for name, value in outputs.items()}
+            call.gradients = _gradients(outputs, sources, self.seed)
+        except Exception as error:  # noqa: BLE001 (whatever a model raises is compared too)
+            call.error = error
 
-
-def observe_with_contiguous_gradients(
-    reference: nn.Module,
-    inputs: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    *,
-    seed: int,
-    input_gradients: bool,
-) -> Call:
-    """Observe a model whose batch norms are handed contiguous gradients.
-
-    PyTorch's own backward pass of a batch norm on the CPU is wrong for a batch of one where they are not.
-
-    Args:
-        reference: a module.
-        inputs: as in `observe_both`.
-        kwargs: as there.
-        seed: as there.
-        input_gradients: as there.
-
-    Returns:
-        What it did.
-    """
-    norms = [module for module in reference.modules() if isinstance(module, BatchNormBase)]
-    put_back = _snapshot([reference], _accelerators(inputs, kwargs, reference))
-    handles = [
-        norm.register_forward_hook(lambda module, args, output: _ContiguousGradient.apply(output))
-        for norm in norms
-    ]
-    try:
-        return _observe(reference, inputs, kwargs, seed=seed, input_gradients=input_gradients)
-    finally:
-        for handle in handles:
-            handle.remove()
-        put_back()
+        state = _flatten_all(fed)
+        state |= {f"parameter {name}": tensor for name, tensor in _named(model, "parameters").items()}
+        state |= {f"buffer {name}": tensor for name, tensor in _named(model, "buffers").items()}
+        call.state = {f"{name} after the call": _frozen(value) for name, value in state.items()}
+        return call
 
 
 class _ContiguousGradient(torch.autograd.Function):
@@ -201,57 +214,6 @@ def _non_persistent_buffers(model: object) -> set[str]:
         for prefix, module in model.named_modules(remove_duplicate=False)
         for name in module._non_persistent_buffers_set
     }
-
-
-def _observe(
-    model: Model,
-    inputs: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    *,
-    seed: int,
-    input_gradients: bool,
-) -> Call:
-    """Call the model on a copy of the inputs, and write down what happens."""
-    call = Call()
-    copies: dict[int, tuple[Tensor, Tensor]] = {}  # by identity: (the leaf, what the model gets)
-
-    def copied(tensor: Tensor) -> Tensor:
-        if id(tensor) not in copies:
-            leaf = tensor.detach().clone()
-            leaf.requires_grad_(torch.is_grad_enabled() and input_gradients and is_inexact(leaf))
-            copies[id(tensor)] = leaf, leaf.clone()
-        return copies[id(tensor)][1]
-
-    given = {f"input {name}": value for name, value in [*enumerate(inputs), *kwargs.items()]}
-    fed = pytree.tree_map_only(Tensor, copied, given)
-    arguments = list(fed.values())
-    positional, keywords = arguments[: len(inputs)], arguments[len(inputs) :]
-
-    sources = {
-        name: copies[id(tensor)][0] for name, tensor in _flatten_all(given).items() if id(tensor) in copies
-    }
-    sources |= _named(model, "parameters")
-    sources = {
-        f"gradient of {name}": source
-        for name, source in sources.items()
-        if torch.is_grad_enabled() and source.requires_grad
-    }
-
-    try:
-        with warnings.catch_warnings():  # Dynamo reads .grad of its inputs, also where they are no leaves
-            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
-            result = model(*positional, **dict(zip(kwargs, keywords, strict=True)))
-        outputs = _flatten("output", result)
-        call.outputs = {name: _frozen(value) for name, value in outputs.items()}
-        call.gradients = _gradients(outputs, sources, seed)
-    except Exception as error:  # noqa: BLE001 (whatever a model raises is compared too)
-        call.error = error
-
-    state = _flatten_all(fed)
-    state |= {f"parameter {name}": tensor for name, tensor in _named(model, "parameters").items()}
-    state |= {f"buffer {name}": tensor for name, tensor in _named(model, "buffers").items()}
-    call.state = {f"{name} after the call": _frozen(value) for name, value in state.items()}
-    return call
 
 
 def _gradients(outputs: Values, sources: Mapping[str, Tensor], seed: int) -> Values:
