@@ -8,16 +8,6 @@ import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
-from types import (
-    BuiltinMethodType,
-    CellType,
-    CodeType,
-    FrameType,
-    FunctionType,
-    GeneratorType,
-    MethodType,
-    ModuleType,
-)
 from typing import Any, ClassVar, Final
 
 import torch
@@ -29,11 +19,16 @@ from torch import nn
 _OWN: Final = frozenset({list, set, deque, dict, OrderedDict, defaultdict, torch.fx.Graph})
 #: What nothing is looked for in.
 _NOT_FOLLOWED: Final = (
-    *(torch.Tensor, torch.fx.Graph, torch.jit.ScriptModule, type, ModuleType, CodeType, FrameType),
-    *(GeneratorType, str, bytes, int, float, complex, type(None)),
+    *(
+        torch.Tensor,
+        torch.fx.Graph,
+        torch.jit.ScriptModule,
+        types.ModuleType,
+        types.CodeType,
+        types.FrameType,
+    ),
+    *(types.GeneratorType, type, str, bytes, int, float, complex, type(None)),
 )
-
-
 #: How the names of attributes begin that are a module's part in a pair.
 PART_OF_PAIR: Final = "_convbn_fx_"
 
@@ -154,7 +149,7 @@ def _references(value: Any) -> list[Any]:
     cls = type(value)  # a weak proxy passes for what it refers to
     if issubclass(cls, _NOT_FOLLOWED):
         return []
-    if cls is FunctionType:  # all but its globals
+    if cls is types.FunctionType:  # all but its globals
         return [value.__closure__, value.__defaults__, value.__kwdefaults__, vars(value)]
     return [_referent(value)] if issubclass(cls, _WEAK_REFERENCES) else gc.get_referents(value)
 
@@ -189,10 +184,10 @@ def _can_be_copied(value: Any) -> bool:
     return True
 
 
-def _copied_function(function: FunctionType, memo: Copies) -> FunctionType:
+def _copied_function(function: types.FunctionType, memo: Copies) -> types.FunctionType:
     closure = copy.deepcopy(function.__closure__, memo)
-    blank = FunctionType(function.__code__, function.__globals__, function.__name__, None, closure)
-    copied: FunctionType = memo.setdefault(id(function), blank)  # it may be in its own closure
+    blank = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, closure)
+    copied: types.FunctionType = memo.setdefault(id(function), blank)  # it may be in its own closure
     functools.update_wrapper(copied, function, updated=())
     vars(copied).clear()
     vars(copied).update(copy.deepcopy(dict(vars(function)), memo))
@@ -201,8 +196,8 @@ def _copied_function(function: FunctionType, memo: Copies) -> FunctionType:
     return copied
 
 
-def _copied_cell(cell: CellType, memo: Copies) -> CellType:
-    memo[id(cell)] = copied = CellType()
+def _copied_cell(cell: types.CellType, memo: Copies) -> types.CellType:
+    memo[id(cell)] = copied = types.CellType()
     copied.cell_contents = copy.deepcopy(cell.cell_contents, memo)  # an empty one leads nowhere
     return copied
 
@@ -218,10 +213,10 @@ def _made_of(parts: Callable[[Any], tuple[Any, ...]]) -> Callable[[Any, Copies],
 
 
 _COPIED_BY: Final[dict[type, Callable[[Any, Copies], Any]]] = {
-    FunctionType: _copied_function,
-    CellType: _copied_cell,
-    MethodType: _made_of(lambda method: (MethodType, method.__func__, method.__self__)),
-    BuiltinMethodType: _made_of(lambda method: (getattr, method.__self__, method.__name__)),
+    types.FunctionType: _copied_function,
+    types.CellType: _copied_cell,
+    types.MethodType: _made_of(lambda method: (types.MethodType, method.__func__, method.__self__)),
+    types.BuiltinMethodType: _made_of(lambda method: (getattr, method.__self__, method.__name__)),
     weakref.ReferenceType: _made_of(lambda reference: (weakref.ref, reference())),
     weakref.WeakMethod: _made_of(lambda reference: (weakref.WeakMethod, reference())),
     weakref.ProxyType: _made_of(lambda proxy: (weakref.proxy, _referent(proxy))),

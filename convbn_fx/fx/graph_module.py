@@ -24,25 +24,8 @@ from convbn_fx._torch import WrappedHook
 
 # What belongs to one GraphModule and its graph, or is merged below.
 _OF_ONE_GRAPH: Final = frozenset(
-    {
-        "_graph",
-        "_code",
-        "_lineno_map",
-        "_prologue_start",
-        "_tracer_cls",
-        "_tracer_extras",
-        "_replace_hooks",
-        "_create_node_hooks",
-        "_erase_node_hooks",
-        "_deepcopy_hooks",
-        "shape_env",
-        "meta",
-        "forward",
-        "_modules",
-        "_parameters",
-        "_buffers",
-        "_non_persistent_buffers_set",
-    }
+    {"forward", "_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"}
+    | (vars(torch.fx.GraphModule({}, torch.fx.Graph())).keys() - vars(nn.Module()).keys())
 )
 
 
@@ -115,11 +98,6 @@ class GraphModule(torch.fx.GraphModule):
         return _rebuild, (state, import_block, type(self).__name__)
 
 
-def instance_like(module: torch.fx.GraphModule, cls: type[torch.fx.GraphModule]) -> torch.fx.GraphModule:
-    """An empty GraphModule of a class, by the same name. Each instance has a subclass of its own, for its forward."""
-    return _empty(cls, type(module).__name__)
-
-
 def keep_all_in_copies(module: torch.fx.GraphModule) -> None:
     """Makes copies and pickles of a GraphModule keep all of its graphs, hooks and attributes, as ours do."""
     if not isinstance(module, GraphModule):
@@ -128,7 +106,7 @@ def keep_all_in_copies(module: torch.fx.GraphModule) -> None:
 
 
 def _deepcopied(self: torch.fx.GraphModule, memo: dict[int, Any]) -> torch.fx.GraphModule:
-    memo[id(self)] = result = instance_like(self, type(self))
+    memo[id(self)] = result = empty(type(self), type(self).__name__)
     _set_state(result, copy.deepcopy(vars(self), memo))
     return result
 
@@ -136,10 +114,11 @@ def _deepcopied(self: torch.fx.GraphModule, memo: dict[int, Any]) -> torch.fx.Gr
 def _reduced(self: torch.fx.GraphModule, _: Any) -> tuple[Any, ...]:
     # Above the class of this very instance, which nobody can import.
     cls, name = type(self).__bases__[0], type(self).__name__
-    return _empty, (cls, name), vars(self), None, None, _set_state
+    return empty, (cls, name), vars(self), None, None, _set_state
 
 
-def _empty(cls: type[torch.fx.GraphModule], name: str) -> torch.fx.GraphModule:
+def empty(cls: type[torch.fx.GraphModule], name: str) -> torch.fx.GraphModule:
+    """A GraphModule without attributes. Each instance has a subclass of its own, for its forward."""
     instance: torch.fx.GraphModule = cls.__new__(cls)
     type(instance).__name__ = name
     return instance

@@ -36,9 +36,7 @@ class Proxy(torch.fx.Proxy):
         super().__setattr__(name, value)
 
 
-def _augmented_assignment(
-    function: Callable[[Any, Any], Any],
-) -> Callable[[torch.fx.Proxy, Any], torch.fx.Proxy]:
+def _augmented_assignment(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], torch.fx.Proxy]:
     return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
 
 
@@ -93,24 +91,10 @@ class StoredTensor(Proxy):
         return self
 
 
-_METADATA: Final = frozenset(
-    (
-        "dtype",
-        "device",
-        "shape",
-        "ndim",
-        "requires_grad",
-        "is_cuda",
-        "is_floating_point",
-        "size",
-        "dim",
-        "numel",
-        "nelement",
-        "element_size",
-        "is_complex",
-        "layout",
-    )
-)
+_METADATA: Final = {
+    *("dtype", "device", "layout", "shape", "ndim", "size", "dim", "numel", "nelement", "element_size"),
+    *("requires_grad", "is_cuda", "is_floating_point", "is_complex"),
+}
 
 
 @lru_cache(maxsize=256)

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -105,11 +105,6 @@ def random_state_as_found() -> Iterator[None]:
             numpy.random.set_state(numpy_state)
 
 
-def _is_a_helper(value: Any) -> bool:
-    """Whether a value is an object that may keep what a forward gives it."""
-    return hasattr(value, "__dict__") and not isinstance(value, (nn.Module, Tensor, type, ModuleType))
-
-
 @contextmanager
 def attributes_as_found(
     modules: Iterable[nn.Module], may_change: Callable[[Any], bool] = lambda _: True
@@ -126,16 +121,16 @@ def attributes_as_found(
     known = {id(container) for container, _ in containers}
     for container, is_of_module in containers:  # those that are found inside are looked into as well
         for value in list(container.values() if isinstance(container, dict) else container):
-            if type(value) in weakref.ProxyTypes:
-                continue  # they pass for what they refer to, and raise where it is gone
-            inside, inside_is_of_module = value, is_of_module
-            if not isinstance(value, (dict, list, set, deque)):
-                if not is_of_module or not _is_a_helper(value):
-                    continue  # objects that an object holds are left alone
-                inside, inside_is_of_module = vars(value), False
-            if id(inside) not in known:
-                known.add(id(inside))
-                containers.append((inside, inside_is_of_module))
+            kind = type(value)  # a weak proxy passes for what it refers to
+            if issubclass(kind, (dict, list, set, deque)):
+                inside = value, is_of_module
+            elif is_of_module and not issubclass(kind, _NO_HELPERS) and hasattr(value, "__dict__"):
+                inside = vars(value), False  # objects that it holds are left alone
+            else:
+                continue
+            if id(inside[0]) not in known:
+                known.add(id(inside[0]))
+                containers.append(inside)
     found = [(container, _parts(container)) for container, _ in containers if may_change(container)]
     try:
         yield
@@ -147,6 +142,10 @@ def attributes_as_found(
                     container.update(zip(parts[: len(parts) // 2], parts[len(parts) // 2 :], strict=True))
                 else:
                     (container.update if isinstance(container, set) else container.extend)(parts)
+
+
+#: What is no object that may keep what a forward gives it, though it has attributes.
+_NO_HELPERS: Final = (nn.Module, Tensor, torch.fx.Proxy, type, ModuleType, *weakref.ProxyTypes)
 
 
 def _parts(container: Any) -> list[Any]:

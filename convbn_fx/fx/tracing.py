@@ -158,10 +158,8 @@ class Tracer(torch.fx.Tracer):
         m = self.original(m)
         if kinds.convolution_kind(m) or kinds.batch_norm_kind(m) or kinds.has_hooks(m):
             return True
-        if module_qualified_name in self.closed:
-            return True
-        if module_qualified_name in self.opened:
-            return False
+        if module_qualified_name in self.closed | self.opened:
+            return module_qualified_name in self.closed
         return libraries.is_kept_whole(m) or not kinds.may_hold_batch_norm(m)
 
     def create_arg(self, a: Any) -> Any:
@@ -257,12 +255,11 @@ class Tracer(torch.fx.Tracer):
         """Raises if the forward has computed what a leaf uses: the graph would not."""
         for name, module in self.root.named_modules():
             if name and self.is_leaf_module(module, name):
-                for attributes in (vars(module), module._parameters, module._buffers):
-                    for key, value in attributes.items():
-                        if isinstance(value, torch.fx.Proxy) and not isinstance(value, StoredTensor):
-                            raise RuntimeError(
-                                f"the forward assigns {name}.{key}, which a graph cannot do at every call"
-                            )
+                for key, value in (vars(module) | module._parameters | module._buffers).items():
+                    if isinstance(value, torch.fx.Proxy) and not isinstance(value, StoredTensor):
+                        raise RuntimeError(
+                            f"the forward assigns {name}.{key}, which a graph cannot do at every call"
+                        )
 
 
 _CALL: Final = nn.Module._call_impl.__code__
@@ -330,13 +327,16 @@ def _trace_as_far_as_possible(root: nn.Module, concrete_args: dict[str, Any] | N
         try:
             traced = _trace(root, concrete_args, opened, closed)
         except TracingError as error:
-            if error.module is None or error.module in closed:
+            name = error.module
+            if name is None or name in closed:
                 raise
-            if error.module in opened or kinds.resembles_batch_norm(root.get_submodule(error.module)):
-                # It stays a leaf, and its batch norm gets a Skip.
-                opened, closed = opened - {error.module}, closed | {error.module}
-                continue
-            raise
+            if name not in opened and not kinds.resembles_batch_norm(root.get_submodule(name)):
+                raise
+            opened, closed = (
+                opened - {name},
+                closed | {name},
+            )  # it stays a leaf, and its batch norm gets a Skip
+            continue
         feeding = _leaves_before_batch_norms(traced) - closed
         if feeding <= opened:
             return traced
@@ -367,15 +367,11 @@ def _leaves_before_batch_norms(traced: GraphModule) -> frozenset[str]:
     leaves = set()
     for node in traced.graph.nodes:
         producer = node.args[0] if node.args else node.kwargs.get("input")
-        if not (isinstance(producer, Node) and producer.op == "call_module" and _is_batch_norm(node, traced)):
-            continue
-        module = traced.get_submodule(str(producer.target))
-        if (
-            kinds.convolution_kind(module) is None
-            and not kinds.has_hooks(module)
-            and any(kinds.resembles_convolution(inner) for inner in module.modules())
-        ):
-            leaves.add(str(producer.target))
+        if isinstance(producer, Node) and producer.op == "call_module" and _is_batch_norm(node, traced):
+            module = traced.get_submodule(str(producer.target))
+            is_whole = kinds.convolution_kind(module) is not None or kinds.has_hooks(module)
+            if not is_whole and any(map(kinds.resembles_convolution, module.modules())):
+                leaves.add(str(producer.target))
     return frozenset(leaves)
 
 

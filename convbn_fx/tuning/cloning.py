@@ -13,7 +13,7 @@ from torch import nn
 
 from convbn_fx import kinds
 from convbn_fx.fx.copying import Copies
-from convbn_fx.fx.graph_module import GraphModule, instance_like
+from convbn_fx.fx.graph_module import GraphModule, empty
 from convbn_fx.tuning.tuned_classes import (
     STAYS_IN_EVAL_MODE,
     ScopeHooks,
@@ -63,7 +63,7 @@ class _Clone(Copies):
         if isinstance(module, torch.fx.GraphModule):
             # One whose train() is its own may put another graph in place (torchvision's do).
             is_its_graph = type(module).train is nn.Module.train and "forward" not in vars(module)
-            return instance_like(module, GraphModule if is_its_graph else type(module))
+            return empty(GraphModule if is_its_graph else type(module), type(module).__name__)
         instance: nn.Module = object.__new__(untuned_class(module))
         return instance
 

@@ -87,10 +87,10 @@ def _owning_method(cls: type[nn.Module], name: str) -> Callable[..., Any]:
     return method
 
 
-def _train(cls: type[nn.Module], name: str) -> Callable[..., Any]:
-    @functools.wraps(getattr(cls, name))
+def _train(cls: type[nn.Module]) -> Callable[..., Any]:
+    @functools.wraps(cls.train)
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
-        returned = getattr(cls, name)(self, *args, **kwargs)
+        returned = cls.train(self, *args, **kwargs)
         if STAYS_IN_EVAL_MODE in vars(self):
             self.training = False
         return returned
@@ -98,8 +98,8 @@ def _train(cls: type[nn.Module], name: str) -> Callable[..., Any]:
     return train
 
 
-def _reset_running_stats(cls: type[nn.Module], name: str) -> Callable[..., Any]:
-    @functools.wraps(getattr(cls, name))
+def _reset_running_stats(cls: Any) -> Callable[..., Any]:
+    @functools.wraps(cls.reset_running_stats)
     def reset_running_stats(self: Any) -> Any:
         if STAYS_IN_EVAL_MODE in vars(self):
             raise RuntimeError(
@@ -107,7 +107,7 @@ def _reset_running_stats(cls: type[nn.Module], name: str) -> Callable[..., Any]:
                 "statistics again. Update those of convbn_fx.untune(model), which has the same tensors: "
                 "torch.optim.swa_utils.update_bn(loader, convbn_fx.untune(model))"
             )
-        return getattr(cls, name)(self)
+        return cls.reset_running_stats(self)
 
     return reset_running_stats
 
@@ -178,9 +178,10 @@ def _tuned_class(cls: type[nn.Module], role: str, methods: frozenset[str]) -> ty
     if known is not None:
         return known
     body: dict[str, Any] = {name: _REPLACEMENTS[role](cls, name) for name in methods}
-    body |= {"train": _train(cls, "train"), "__prepare_scriptable__": _refuse_scripting}
-    if role == "batch_norm" and hasattr(cls, "reset_running_stats"):
-        body["reset_running_stats"] = _reset_running_stats(cls, "reset_running_stats")
+    if role == "batch_norm":
+        body["train"] = _train(cls)
+        if hasattr(cls, "reset_running_stats"):
+            body["reset_running_stats"] = _reset_running_stats(cls)
 
     def reduce(self: Any, protocol: Any) -> Any:
         function, args, *state = super(tuned, self).__reduce_ex__(max(protocol, 2))
@@ -189,7 +190,12 @@ def _tuned_class(cls: type[nn.Module], role: str, methods: frozenset[str]) -> ty
         return _restored, (cls, role, methods, *args[1:]), *state
 
     body |= {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    body |= {"__reduce_ex__": reduce, kinds.TUNED_FROM: cls, _METHODS: methods}
+    body |= {
+        "__reduce_ex__": reduce,
+        "__prepare_scriptable__": _refuse_scripting,
+        kinds.TUNED_FROM: cls,
+        _METHODS: methods,
+    }
     tuned = derived(cls, body)
     return _tuned_classes.setdefault((cls, role, methods), tuned)
 
