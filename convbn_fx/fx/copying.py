@@ -105,11 +105,10 @@ class Copies(dict[int, Any]):
         self.own = [value for value in self._reached.values() if self.is_own(value)]
         own |= {id(value) for value in self.own}
         pending = list(own)
+        for key in pending:
+            pending += holders[key] - own
+            own |= holders[key]
         self._copied = own
-        while pending:
-            more = holders[pending.pop()] - self._copied
-            self._copied |= more
-            pending += more
         found = [self._reached[key] for key in self._copied - modules if key in self._reached]
         return [value for value in found if issubclass(type(value), nn.Module)]
 

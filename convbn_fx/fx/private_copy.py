@@ -137,10 +137,8 @@ def _own(value: Any) -> Any:
         return value.copy()
     if type(value) not in (Tensor, nn.Parameter) or value.layout is not torch.strided or value.is_inference():
         return value
-    copied = value.detach().clone()
-    if type(value) is nn.Parameter:
-        return nn.Parameter(copied, value.requires_grad)
-    return copied.requires_grad_() if value.requires_grad else copied
+    make = nn.Parameter if type(value) is nn.Parameter else Tensor.requires_grad_
+    return make(value.detach().clone(), value.requires_grad)
 
 
 class _StoredTensors(dict[str, Any]):

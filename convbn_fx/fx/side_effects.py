@@ -58,13 +58,9 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[A
     """The arguments of an operator that it writes to."""
     if not func._schema.is_mutable:
         return []
-    given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
-    given |= kwargs
-    return [
-        given[argument.name]
-        for argument in func._schema.arguments
-        if argument.alias_info is not None and argument.alias_info.is_write and argument.name in given
-    ]
+    given = dict(zip([argument.name for argument in func._schema.arguments], args, strict=False)) | kwargs
+    written = [each.name for each in func._schema.arguments if each.alias_info and each.alias_info.is_write]
+    return [given[name] for name in written if name in given]
 
 
 def _storages(values: Any) -> Iterator[tuple[int, Any]]:

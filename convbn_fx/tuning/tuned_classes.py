@@ -6,6 +6,7 @@ convolution may wait when is decided in [`deferral`][convbn_fx.tuning.deferred].
 
 import functools
 import inspect
+import threading
 import types
 import weakref
 from collections.abc import Callable
@@ -206,7 +207,7 @@ def _restored(cls: type[nn.Module], role: str, methods: frozenset[str], *args: A
     return tuned.__new__(tuned, *args)
 
 
-class ScopeHooks:
+class ScopeHooks(threading.local):
     """Opens and closes a scope around the calls of a GraphModule, which writes its own forward anew at will."""
 
     def __init__(self, scope: Scope) -> None:
