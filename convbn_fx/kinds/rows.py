@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any, Final, TypeVar
 
 from torch import Tensor, nn
@@ -30,19 +29,19 @@ class Methods:
     """
 
     def __init__(self, cls: type[nn.Module]) -> None:
-        self._names = [name for name in FORWARD_METHODS if hasattr(cls, name)]
-        self._of: Callable[[type], tuple[object, ...]] = attrgetter(*self._names)
-        self._found = self._of(cls)
-        self.looked_up = frozenset({*self._names, "weight", "bias", "running_mean", "running_var"})
+        self._methods = tuple((name, getattr(cls, name)) for name in FORWARD_METHODS if hasattr(cls, name))
+        self.looked_up = frozenset({*dict(self._methods), "weight", "bias", "running_mean", "running_var"})
 
     def are_those_of(self, cls: type) -> bool:
         """Whether another class, or the same one now, has the same methods."""
-        return self._of(cls) == self._found
+        for name, method in self._methods:  # noqa: SIM110 - at every call of every pair: no generator
+            if getattr(cls, name, None) is not method:
+                return False
+        return True
 
     def overridden_in(self, cls: type) -> list[str]:
         """The names of the methods that another class has of its own."""
-        found = zip(self._names, self._found, strict=True)
-        return [name for name, method in found if getattr(cls, name, None) is not method]
+        return [name for name, method in self._methods if getattr(cls, name, None) is not method]
 
 
 @dataclass(frozen=True)
