@@ -160,7 +160,7 @@ def _replacements(
         (norm,) = norms
         return [
             *((conv, plain) for conv, _, (plain, _) in baked),
-            (norm, _remainder(norm, _check(rank, norms))),
+            (norm, _remainder(norm, _with_neutral_statistics(norm, _check(rank, norms)))),
         ]
     # What takes more than the input, or does more than call the function, cannot move.
     can_move = not isinstance(baked[0][2].module, ConvTransposeBase) and all(
@@ -203,6 +203,22 @@ def _check(rank: int, norms: Iterable[nn.Module | BatchNorm]) -> nn.Module:
         for kind in norm_kinds
     )
     return nn.Identity() if strict else Folded(rank)
+
+
+def _with_neutral_statistics(norm: nn.Module, check: nn.Module) -> nn.Module:
+    """Gives what stands in a batch norm's place statistics by which folding it once more changes nothing.
+
+    A library's own `fuse()` folds whatever is there. PyTorch's functions take the missing affine parameters for ones and
+    zeros; formulas that would forget the convolution's new bias raise an error at them.
+    """
+    kind = kinds.batch_norm_kind(norm)
+    if kind is not None:
+        operands: BatchNorm = kind.operands(norm)
+        check.register_buffer("running_mean", torch.zeros_like(operands.running_mean), persistent=False)
+        variance = torch.full_like(operands.running_var, 1 - operands.eps)
+        check.register_buffer("running_var", variance, persistent=False)
+        vars(check).update(weight=None, bias=None)
+    return check
 
 
 def _remainder(norm: nn.Module, first: nn.Module) -> nn.Module:
