@@ -208,8 +208,8 @@ def _check(rank: int, norms: Iterable[nn.Module | BatchNorm]) -> nn.Module:
 def _with_neutral_statistics(norm: nn.Module, check: nn.Module) -> nn.Module:
     """Gives what stands in a batch norm's place statistics by which folding it once more changes nothing.
 
-    A library's own `fuse()` folds whatever is there. PyTorch's functions take the missing affine parameters for ones and
-    zeros; formulas that would forget the convolution's new bias raise an error at them.
+    A library's own `fuse()` folds whatever is there. PyTorch's functions take missing affine parameters for ones and
+    zeros. Formulas that would forget the convolution's new bias raise an error at them.
     """
     kind = kinds.batch_norm_kind(norm)
     if kind is not None:

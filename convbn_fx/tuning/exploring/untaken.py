@@ -96,7 +96,8 @@ class CodeRun:
             return []
         seen = set(map(_any_number, called))
         named = [(_any_number(name), part) for name, part in self._named(_names(_instructions(code)), owner)]
-        return [id(part) for name, part in named if name in seen or name.removesuffix(".#") not in seen]
+        inside = tuple(f"{name}.#" for name in seen)
+        return [id(part) for name, part in named if name in seen or not name.startswith(inside)]
 
     def _on_the_other_way(
         self, key: Key, branch: int, condition: list[dis.Instruction], untaken: list[dis.Instruction]
