@@ -59,6 +59,27 @@ class ByGradMode(nn.Module):
         return self.norm(self.other(x))
 
 
+class BlockByGradMode(nn.Module):
+    """Calls a block that ends in the convolution, and its batch norm where gradients are recorded alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.norm = nn.Sequential(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        if torch.is_grad_enabled():
+            return self.norm(self.block(x))
+        return self.block(x)
+
+
+def test_a_block_that_ends_in_the_convolution_is_called_alone_elsewhere():
+    model = prepared(BlockByGradMode())
+    deployed = deploy(model)
+    torch.testing.assert_close(deployed(X), model(X), rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        torch.testing.assert_close(deployed(X), model(X), rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("asks", ["grad", "inference"])
 def test_what_is_around_a_call_decides(asks):
     model = prepared(ByGradMode(asks))

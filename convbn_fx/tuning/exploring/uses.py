@@ -73,6 +73,11 @@ def doubts(
         if not _are_all(each) and id(each.module) not in calling
     }
     possible = code.uses(not_followed)
+    for pair, (conv, _) in zip(pairs, members, strict=True):
+        # To call a block that ends in the convolution, or begins with the batch norm, is to call that.
+        for name in pair.between:
+            if told := possible.get(id(model.get_submodule(name))):
+                refusals.setdefault(id(conv), (SkipReason.MAY_BE_USED_ELSEWHERE, told))
     references = _References(model)
     followed = {id(each.module): each for each in found.explored}
     owners = {id(model.get_submodule(pair.owner)) for pair in pairs}
