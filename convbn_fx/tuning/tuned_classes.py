@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from convbn_fx import kinds
+from convbn_fx._torch import BatchNormBase
 from convbn_fx.fx.copying import PART_OF_PAIR, derived
 from convbn_fx.tuning.deferred import Scope, Uncounted, defer, materialized, running, waiting_in
 from convbn_fx.tuning.function_pairs import while_running
@@ -179,7 +180,7 @@ def _tuned_class(cls: type[nn.Module], role: str, methods: frozenset[str]) -> ty
     if known is not None:
         return known
     body: dict[str, Any] = {name: _REPLACEMENTS[role](cls, name) for name in methods}
-    if role == "batch_norm":
+    if role == "batch_norm" or issubclass(cls, BatchNormBase):  # one may own a pair, too
         body["train"] = _train(cls)
         if hasattr(cls, "reset_running_stats"):
             body["reset_running_stats"] = _reset_running_stats(cls)

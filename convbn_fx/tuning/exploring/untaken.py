@@ -333,8 +333,12 @@ def _names(instructions: Iterable[dis.Instruction]) -> set[str]:
 
 
 def _names_with_those_of_methods(names: set[str], module: nn.Module) -> set[str]:
-    """The names, and those in the methods of the module's class that have one of them."""
-    functions = _functions(type(module))
+    """The names, and those in the methods of the module's class that have one of them.
+
+    Not in what it has of `nn.Module`'s: code that calls a tensor's `to`, say, does not mean it.
+    """
+    inherited = vars(nn.Module).keys() - {"forward"}
+    functions = {name: made_of for name, made_of in _functions(type(module)).items() if name not in inherited}
     todo, known = list(names), set(names)
     while todo:
         made_of = functions.get(todo.pop().removesuffix("()"), [])
