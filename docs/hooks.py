@@ -1,7 +1,8 @@
-"""What `mkdocs build` does besides: it takes the root's pages along, and refuses an API page that lacks a name."""
+"""What `mkdocs build` does besides: takes the root's pages along, cuts code, refuses an API page that lacks a name."""
 
 import ast
 import re
+import textwrap
 from pathlib import Path
 from typing import Any, Final
 
@@ -51,6 +52,37 @@ def documented_names(page: str) -> set[str]:
     return set(re.findall(r"^::: (\S+)$", page, flags=re.MULTILINE))
 
 
+def with_code(page: str) -> str:
+    """A page with functions of the package in the places where it names them, so that none of them is a copy.
+
+    Args:
+        page: Markdown, with lines such as `{{ fx/tracing.py Tracer.is_leaf_module }}`.
+
+    Returns:
+        Markdown with the source of each, without its docstring.
+
+    Raises:
+        LookupError: A file holds no such function.
+    """
+    return re.sub(r"^\{\{ (\S+) (\S+) \}\}$", lambda found: _code(*found.groups()), page, flags=re.MULTILINE)
+
+
+def _code(file: str, name: str) -> str:
+    source = (ROOT / "convbn_fx" / file).read_text(encoding="utf-8")
+    statement: Any = ast.parse(source)
+    for part in name.split("."):
+        found = [each for each in statement.body if getattr(each, "name", None) == part]
+        if not found:
+            raise LookupError(f"convbn_fx/{file} has no {name}")
+        (statement,) = found
+    lines = source.splitlines()
+    docstring = statement.body[0] if ast.get_docstring(statement) else None
+    body = statement.body[1 if docstring else 0]
+    signature = lines[statement.lineno - 1 : (docstring or body).lineno - 1]
+    code = textwrap.dedent("\n".join([*signature, *lines[body.lineno - 1 : statement.end_lineno]]))
+    return f'```python title="convbn_fx/{file}"\n{code}\n```'
+
+
 def on_files(files: Any, config: Any) -> Any:
     """Adds the pages of the root."""
     from mkdocs.structure.files import File
@@ -61,9 +93,9 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Refuses an API page without one of the public names."""
+    """Puts the code in its places, and refuses an API page without one of the public names."""
     from mkdocs.exceptions import PluginError
 
     if page.file.src_uri == "api.md" and (missing := public_names() - documented_names(markdown)):
         raise PluginError(f"api.md lacks {', '.join(sorted(missing))}")
-    return markdown
+    return with_code(markdown)

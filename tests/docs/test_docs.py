@@ -228,6 +228,7 @@ def test_the_api_page_has_every_public_name_and_no_other():
     told = HOOKS.documented_names(page("api"))
     assert HOOKS.public_names() >= {f"convbn_fx.{name}" for name in convbn_fx.__all__}
     assert HOOKS.public_names() - told == set()
+    assert told - HOOKS.public_names() == {"convbn_fx.compiler.convbn", "convbn_fx.functional.arithmetic"}
     for name in told:
         assert pkgutil.resolve_name(name) is not None
 
@@ -243,6 +244,21 @@ def test_the_numbers_of_the_cost_rule(real_costs):
     assert {each.weight_per_output for each in costs.COSTS.values()} == {16.0}
     assert "more than 16 times as large as the output" in text
     assert costs.COSTS["cuda"].fixed == 0
+
+
+def test_the_pass_is_shown_in_the_packages_own_code():
+    text = HOOKS.with_code(page("the-pass"))
+    shown = re.findall(r'```python title="convbn_fx/(.*?)"\n(.*?)```', text, flags=re.DOTALL)
+    assert "{{" not in text
+    assert {file.partition("/")[0] for file, _ in shown} == {"fx", "functional"}
+    for file, code in shown:
+        source = [
+            line.strip() for line in (ROOT / "convbn_fx" / file).read_text(encoding="utf-8").splitlines()
+        ]
+        assert {line.strip() for line in code.splitlines()} <= set(source)
+        assert '"""' not in code
+    with pytest.raises(LookupError, match=r"fx/rewriting\.py has no forgotten"):
+        HOOKS.with_code("{{ fx/rewriting.py forgotten }}")
 
 
 # --- The architecture --------------------------------------------------------------------------------------------
