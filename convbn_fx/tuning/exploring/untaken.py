@@ -183,6 +183,7 @@ _OF_NO_MODEL: Final = {
     "networkx",
     "triton",
     "thop",  # counts operations
+    "transformers.modeling_utils",  # the base class, which loads and saves
     "convbn_fx",
     *sys.stdlib_module_names,
 }
@@ -192,7 +193,7 @@ _OF_NO_MODEL: Final = {
 def _is_of_a_model(name: str) -> bool:
     """Whether a Python module is neither PyTorch's, nor what it is made with, nor Python's, nor ours."""
     top, _, _ = name.partition(".")
-    return top == "__main__" or top not in _OF_NO_MODEL
+    return top == "__main__" or _OF_NO_MODEL.isdisjoint((top, name))
 
 
 def _functions(cls: type[nn.Module]) -> dict[str, list[FunctionType]]:
