@@ -1,4 +1,4 @@
-"""Batch norms without this or that, and extreme values; everything is read at every call."""
+"""How modules hold their operands: batch norms without this or that, extreme values; all is read at every call."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Every spelling of a convolution and of a batch norm, with every mix of arguments."""
+"""Every spelling of a convolution and of a batch norm as a function, with every mix of arguments."""
 
 import pytest
 import torch
