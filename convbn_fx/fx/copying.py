@@ -50,6 +50,9 @@ class Copies(dict[int, Any]):
     #: In what a copy has containers of its own.
     entered: ClassVar[tuple[type, ...]] = (*_OWN, tuple)
 
+    #: Whether what only weak references lead to is copied: somebody has to hold the copies then.
+    holds_all: ClassVar[bool] = False
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.modules = list(model.modules())
@@ -97,7 +100,7 @@ class Copies(dict[int, Any]):
             if id(value) in modules or _is_around(value, model):
                 return []
             found = _references(value)
-            if issubclass(type(value), _WEAK_REFERENCES):
+            if issubclass(type(value), _WEAK_REFERENCES) and not self.holds_all:
                 return [referent for referent in found if id(referent) in own]
             return found
 

@@ -67,6 +67,7 @@ class PrivateCopy(Copies):
     """
 
     entered = (*Copies.entered, FunctionType, CellType)
+    holds_all = True
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
 """Nothing that a forward does while it is explored or traced reaches the caller's model, or the rest of the process."""
 
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,7 @@ from models import Pair, data, fused, prepared
 from torch import nn
 
 import convbn_fx
-from convbn_fx import symbolic_trace
+from convbn_fx import deploy, symbolic_trace, tune
 from convbn_fx.testing import assert_equivalent
 
 X = data(2, 3, 6, 6)
@@ -135,3 +136,32 @@ def test_what_a_hook_keeps_in_its_closure(rewrite):
     assert not seen
     rewritten(X)
     assert len(seen) == 1
+
+
+class ByWeakReference(Pair):
+    """Keeps what its forward calls by a weak reference alone, which writes to a tensor of its own."""
+
+    def __init__(self, kept):
+        super().__init__()
+        self.reference = weakref.ref(kept)
+
+    def forward(self, x):
+        return self.reference()(super().forward(x))
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.calls = torch.zeros(())
+
+    def forward(self, x):
+        self.calls.data = self.calls + 1
+        return x
+
+
+@pytest.mark.parametrize("how", [tune, deploy], ids=["tune", "deploy"])
+def test_a_module_that_a_weak_reference_alone_leads_to(how):
+    kept = Counting()
+    model = prepared(ByWeakReference(kept))
+    how(model)
+    assert kept.calls == 0
