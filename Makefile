@@ -35,7 +35,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP_INSTALL) hatchling editables setuptools
 	@$(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
-	@$(BIN)/python -m convbn_fx build || echo "Without it everything works, slower, and is tested so"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m convbn_fx build || echo "Without it everything works, slower, and is tested so"
 	@touch $@
 
 demo: $(READY) ## Fuse seven real architectures; compare gradients, memory and time
@@ -53,15 +53,17 @@ test-all: test test-slow ## Run every test
 # need one are left out; pytest's first lines name them. What an older PyTorch deprecates of itself is no
 # error.
 TORCH := 2.13.0
+TORCH_TESTS := tests/test_torch.py tests/test_properties.py tests/functional tests/kinds tests/fx
 
-test-torch: ## Run the tests that need torch alone on another version: make test-torch TORCH=2.13.0+cpu
+test-torch: ## Test the core on an older PyTorch, with nothing else installed: make test-torch TORCH=2.13.0+cpu
 	@rm -rf build/torch && $(PYTHON) -m venv build/torch
-	@grep -E '^(editables|hatchling|hypothesis|pydot|pytest)' constraints.txt >build/torch/constraints.txt
+	@grep -E '^(editables|hatchling|hypothesis|ninja|pydot|pytest|setuptools)' constraints.txt >build/torch/constraints.txt
 	@build/torch/bin/python -m pip install --quiet --disable-pip-version-check --constraint build/torch/constraints.txt \
-		'torch==$(TORCH)' numpy hypothesis pydot pytest pytest-timeout pytest-xdist hatchling editables
+		'torch==$(TORCH)' numpy hypothesis pydot pytest pytest-timeout pytest-xdist hatchling editables ninja setuptools
 	@build/torch/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable .
+	@PATH="$(CURDIR)/build/torch/bin:$$PATH" build/torch/bin/python -m convbn_fx build || echo "Tested on plain operations"
 	@OMP_NUM_THREADS=1 build/torch/bin/python -m pytest --numprocesses auto --dist worksteal \
-		-W ignore::DeprecationWarning -W ignore::FutureWarning
+		-W ignore::DeprecationWarning -W ignore::FutureWarning $(TORCH_TESTS)
 
 # A process for each processor, and in each model's process one thread: the same sums in the same order everywhere.
 SWEEP := $(BIN)/convbn-fx sweep
