@@ -4,9 +4,7 @@ from collections import Counter, OrderedDict, UserDict, defaultdict, deque
 from functools import partial
 
 import pytest
-import timm.layers
 import torch
-import torchvision.ops
 from models import ConvNormAct, Net, Pair, data, fused, prepared, reasons
 from torch import nn
 from torch.nn import functional as F
@@ -40,11 +38,11 @@ class Attention(nn.Module):
 
 LEAVES = {
     "dropout": lambda: nn.Dropout(0.5),
-    "stochastic depth": lambda: torchvision.ops.StochasticDepth(0.5, "row"),
-    "drop path": lambda: timm.layers.DropPath(0.5),
-    "squeeze and excitation": lambda: torchvision.ops.SqueezeExcitation(4, 2),
+    "stochastic depth": lambda: pytest.importorskip("torchvision.ops").StochasticDepth(0.5, "row"),
+    "drop path": lambda: pytest.importorskip("timm.layers").DropPath(0.5),
+    "squeeze and excitation": lambda: pytest.importorskip("torchvision.ops").SqueezeExcitation(4, 2),
     "attention": Attention,
-    "mlp": lambda: timm.layers.Mlp(6, 6),
+    "mlp": lambda: pytest.importorskip("timm.layers").Mlp(6, 6),
     "activation": nn.RReLU,
     "group norm": lambda: nn.Sequential(nn.GroupNorm(2, 4), nn.Dropout(0.5)),
     "a container": lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.Sequential(nn.Dropout(0.5), nn.ReLU())),

@@ -5,7 +5,6 @@ import weakref
 
 import pytest
 import torch
-import torchvision.ops
 from models import Pair, data, fused, prepared, reasons
 from own_classes import OtherConvForward, PlainConv, ReluNorm, TwiceConv, make
 from torch import nn
@@ -188,8 +187,9 @@ def test_a_registered_class_that_is_always_frozen(training):
 
 
 def test_a_class_without_an_attribute_is_refused_when_it_is_registered():
+    ops = pytest.importorskip("torchvision.ops")
     with pytest.raises(TypeError, match=r"register_batch_norm: Frozen has no eps, .*Pass operands=\.\.\."):
-        convbn_fx.register_batch_norm(Frozen, like=torchvision.ops.FrozenBatchNorm2d)
+        convbn_fx.register_batch_norm(Frozen, like=ops.FrozenBatchNorm2d)
 
     class Flat(nn.Module):
         def __init__(self):
@@ -203,11 +203,13 @@ def test_a_class_without_an_attribute_is_refused_when_it_is_registered():
 
 
 def test_a_class_of_a_library_that_no_model_was_seen_with():
-    class Mine(torchvision.ops.FrozenBatchNorm2d):
+    ops = pytest.importorskip("torchvision.ops")
+
+    class Mine(ops.FrozenBatchNorm2d):
         def forward(self, x):
             return super().forward(x)
 
-    convbn_fx.register_batch_norm(Mine, like=torchvision.ops.FrozenBatchNorm2d)
+    convbn_fx.register_batch_norm(Mine, like=ops.FrozenBatchNorm2d)
     model = make(norm=Mine).train()
     assert_equivalent(model, fused(model), X)
 
@@ -296,11 +298,13 @@ def test_registration_errors(register, cls, options, message):
 
 @pytest.mark.parametrize("trace", [symbolic_trace, torch.fx.symbolic_trace], ids=["convbn_fx", "torch.fx"])
 def test_a_dtype_is_read_off_the_convolution_where_the_batch_norm_has_another(trace):
+    ops = pytest.importorskip("torchvision.ops")
+
     def forward(model, x):
         y = model.conv(x)
         return model.norm(y).to(y.dtype)
 
-    model = prepared(Pair(norm=torchvision.ops.FrozenBatchNorm2d(4), forward=forward))
+    model = prepared(Pair(norm=ops.FrozenBatchNorm2d(4), forward=forward))
     model.conv.half()
     transformed, x = transform(trace(model)), data(2, 3, 6, 6, dtype=torch.float16)
     assert transformed(x).dtype == model(x).dtype == torch.float16
