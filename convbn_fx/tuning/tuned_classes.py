@@ -1,7 +1,7 @@
 """The parts that modules play in pairs: generated subclasses, which keep the name, methods and state of the original.
 
 A convolution that may wait, a batch norm that takes what waits, and the owner of the forward that runs both. Which
-convolution may wait when is decided in [`deferral`][convbn_fx.tuning.deferred].
+convolution may wait when is decided in [`deferred`][convbn_fx.tuning.deferred].
 """
 
 import functools

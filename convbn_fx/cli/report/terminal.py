@@ -88,7 +88,9 @@ def write_html(inspection: Inspection, path: str | Path) -> None:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    template = environment.from_string((files("convbn_fx") / "report.html").read_text(encoding="utf-8"))
+    template = environment.from_string(
+        (files("convbn_fx.cli.report") / "report.html").read_text(encoding="utf-8")
+    )
     page = template.render(
         heading=tables.heading(inspection),
         summary=inspection.report.summary,

@@ -1,7 +1,7 @@
 """Which pairs a model's forwards run: every module's own forward is explored, and its ways are compared.
 
 What is found decides only which convolutions may do the work of a batch norm, and what the report says. What runs is
-always the forward itself (see [`deferral`][convbn_fx.tuning.deferred]).
+always the forward itself (see [`deferred`][convbn_fx.tuning.deferred]).
 """
 
 from collections.abc import Iterable, Iterator
