@@ -566,7 +566,7 @@ def test_everything_is_drawn():
     }.items():
         missing |= {f"if {name}" if prefix == "if" else f"{prefix}: {name}" for name in names}
 
-    @settings(SEARCH, max_examples=3000, phases=[Phase.generate])
+    @settings(SEARCH, max_examples=8000, phases=[Phase.generate])
     @given(trees())
     def draw(tree):
         missing.difference_update(features_of(tree))
