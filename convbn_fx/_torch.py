@@ -62,6 +62,9 @@ transform_level: Final[Callable[[], int | None]] = torch._C._functorch.maybe_cur
 #: Whether a tensor is one of those that `is_grads_batched` makes.
 is_legacy_batched: Final[Callable[[Tensor], bool]] = torch._C._functorch.is_legacy_batchedtensor
 
+#: Whether autocast is on for any type of device.
+is_any_autocast_on: Final[Callable[[], bool]] = torch._C._is_any_autocast_enabled
+
 #: How many `TorchDispatchMode`s are on.
 dispatch_modes: Final[Callable[[], int]] = torch._C._len_torch_dispatch_stack
 

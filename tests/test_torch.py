@@ -52,6 +52,14 @@ def test_global_hooks():
     assert not _torch.has_any_global_hook()
 
 
+def test_autocast_on_any_device():
+    assert not _torch.is_any_autocast_on()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert _torch.is_any_autocast_on()
+        with torch.autocast("cpu", enabled=False):
+            assert not _torch.is_any_autocast_on()
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_tracing_for_jit():
     told = []

@@ -8,7 +8,8 @@ output is the larger of the two it goes to the weight. Where the weight is, it s
 float16 and bfloat16, because there a scaled weight would overflow, or be rounded, where Eval mode's output is neither.
 """
 
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -189,6 +190,42 @@ def _on_channels(grad_output: Tensor, scale: Tensor) -> Tensor:
     """A gradient of the output with each channel multiplied by its element of `scale`, in float32 at least."""
     per_channel = scale.to(torch.promote_types(grad_output.dtype, torch.float32))
     return (grad_output * per_channel.view(-1, *[1] * (grad_output.ndim - 2))).to(grad_output.dtype)
+
+
+def convolution_gradients(
+    conv: Convolution, input: Tensor, grad_output: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of a convolution's input, weight and bias, differentiable again.
+
+    Args:
+        conv: The convolution.
+        input: Its input, of any dtype that autocast casts.
+        grad_output: The gradient of its output, in the dtype that it computes in.
+        wanted: Which of the three are wanted; the others are None.
+    """
+    wants_input, wants_weight, wants_bias = wanted
+    with without_autocast(grad_output.device.type):
+        grad_input, grad_weight = _convolution_backward(
+            Call(conv, input.shape, conv.weight.shape),
+            grad_output,
+            input.to(grad_output.dtype) if wants_weight else None,
+            conv.weight.to(grad_output.dtype) if wants_input else None,
+        )
+        return (
+            _to(input.dtype, grad_input),
+            _to(conv.weight.dtype, grad_weight),
+            _to(conv.bias.dtype, _sum_over_positions(grad_output))
+            if wants_bias and conv.bias is not None
+            else None,
+        )
+
+
+class Call(NamedTuple):
+    """What a convolution's gradients need to know besides tensors."""
+
+    conv: Convolution
+    input_shape: Sequence[int]
+    weight_shape: Sequence[int]
 
 
 def _convolution_backward(

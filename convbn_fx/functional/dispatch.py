@@ -76,8 +76,6 @@ def conv_batch_norm(
         proxies = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.fx.Proxy)]
         if proxies:  # somebody traces a rewritten graph again (unpickling does): stay one node
             return handle_torch_function(conv_batch_norm, proxies, conv, norm, *args, **kwargs)
-    if len(args) == 1 and not torch.compiler.is_compiling() and are_cheaper_apart(conv, norm, *args):
-        return batch_norm(norm, convolution(conv, *args, **kwargs))
     norm_kind = fusible_kind(norm)
     if norm_kind is not None and (read := _convolution_reader(conv)) is not None:
         input, operands = read(*args, **kwargs)
@@ -175,35 +173,6 @@ def fusible_kind(norm: nn.Module | BatchNorm) -> BatchNormKind | None:
 
 
 # --- Which form? -------------------------------------------------------------------------------------------------
-
-
-def are_cheaper_apart(conv: nn.Module | Convolution, norm: nn.Module | BatchNorm, input: Any) -> bool:
-    """Whether sizes say at once that convolution and batch norm are best called as they are.
-
-    That is right at any call that no compiler captures. It is asked first because it takes a tenth of the time of
-    making sure that the two may be one; and such pairs are small, so that this time counts.
-    """
-    if native.operator is not None:  # it decides for itself
-        return False
-    if type(input) is not Tensor or not (isinstance(conv, nn.Module) and isinstance(norm, nn.Module)):
-        return False
-    if kinds.class_of(conv) not in _SIZED_BY_ATTRIBUTES:
-        return False
-    if _torch.is_jit_tracing():
-        return False
-    weight = conv._parameters.get("weight")
-    # An output is seldom smaller than a quarter of the input; if it is, it is found out later.
-    if weight is None or 4 * weight.numel() < input.numel() or input.ndim != weight.ndim:
-        return False
-    gamma = norm._parameters.get("weight")
-    if gamma is None or not gamma.requires_grad:
-        return False
-    size = output_size(input, weight, conv)
-    return cheapest_form(weight.numel(), size, input.device.type, True) is Form.APART
-
-
-# Others may pad in their forward, or be called with an output size.
-_SIZED_BY_ATTRIBUTES: Final = frozenset({nn.Conv1d, nn.Conv2d, nn.Conv3d})
 
 
 def _in_best_form(input: Tensor, conv: Convolution, norm: BatchNorm, dtype: torch.dtype) -> Tensor | None:

@@ -45,7 +45,7 @@ def output_shape(input: Tensor, weight: Tensor, conv: Any) -> tuple[int, ...]:
         conv: Its other operands, or a module of torch.nn, which has attributes of the same names.
 
     Returns:
-        The shape, by the formulas of torch.nn's convolutions.
+        The shape, by the formulas of torch.nn's convolutions; with no channels where the input's are not the weight's.
     """
     return _output_shape(
         input.shape,
@@ -102,7 +102,9 @@ def _output_shape(
     dilation: Any,
     output_padding: Any,
 ) -> tuple[int, ...]:
-    channels: int = weight_shape[1] * groups if transposed else weight_shape[0]
+    taken, channels = weight_shape[0], weight_shape[1] * groups
+    if not transposed:
+        taken, channels = channels, taken
     geometry = _geometry(weight_shape, stride, padding, dilation, output_padding)
     spatial: list[int] = []
     for size, kernel, step, pad, pad_right, spacing, extra in zip(
@@ -120,7 +122,7 @@ def _output_shape(
             spatial.append((size - 1) * step - 2 * pad + reach + extra + 1)
         else:  # a stride of 0 is for the convolution to refuse
             spatial.append((size + 2 * pad + pad_right - reach - 1) // max(step, 1) + 1)
-    return (input_shape[0], channels, *spatial)
+    return (input_shape[0], channels if input_shape[1] == taken else 0, *spatial)
 
 
 def _per_dimension(value: Any, dimensions: int) -> tuple[int, ...]:

@@ -59,9 +59,10 @@ class FunctionPairs(TorchFunctionMode):
         if func in kinds.CONVOLUTION_FUNCTIONS and running.counter is self:
             pairing = self.pairings.get((self.method, self.number))
             self.number += 1
-            if pairing is not None and pairing.allows():
+            if pairing is not None and (surroundings := pairing.allows()) is not None:
                 args, kwargs = materialized(args), materialized(kwargs)
-                return defer(*kinds.CONVOLUTION_FUNCTIONS[func].operands(*args, **kwargs), pairing)
+                operands = kinds.CONVOLUTION_FUNCTIONS[func].operands(*args, **kwargs)
+                return defer(*operands, pairing, surroundings)
         kind = kinds.BATCH_NORM_FUNCTIONS.get(func)
         if kind is not None and kind.output_index is None and any(map(waiting_in, (*args, *kwargs.values()))):
             input, training, norm = kind.operands(*args, **kwargs)

@@ -6,11 +6,9 @@ convolution may wait when is decided in [`deferred`][convbn_fx.tuning.deferred].
 
 import functools
 import inspect
-import threading
 import types
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any, Final
 
 import torch
@@ -43,12 +41,11 @@ def _convolution_forward(cls: type[nn.Module], name: str) -> Callable[..., Any]:
             with Uncounted():
                 return forward(self, *args, **kwargs)
         args, kwargs = materialized(args), materialized(kwargs) if kwargs else kwargs
-        pairing = vars(self).get(PAIRING)
-        if pairing is None or (len(args) == 1 and not kwargs and pairing.are_cheaper_apart(self, *args)):
-            return original(self, *args, **kwargs)
-        kind = kinds.convolution_kind(self)
-        if kind is not None and pairing.allows():
-            return defer(*kind.operands(self, *args, **kwargs), pairing)
+        pairing = self.__dict__.get(PAIRING)
+        if pairing is not None and (surroundings := pairing.allows()) is not None:
+            kind = kinds.convolution_kind(self)
+            if kind is not None:
+                return defer(*kind.operands(self, *args, **kwargs), pairing, surroundings)
         return original(self, *args, **kwargs)
 
     return forward
@@ -83,7 +80,7 @@ def _owning_method(cls: type[nn.Module], name: str) -> Callable[..., Any]:
         with while_running(self, vars(self).get(FUNCTION_CALLS), name):
             if scope is None:
                 return original(self, *args, **kwargs)
-            with scope.opened():
+            with scope:
                 return materialized(original(self, *args, **kwargs), scope)
 
     return method
@@ -208,28 +205,22 @@ def _restored(cls: type[nn.Module], role: str, methods: frozenset[str], *args: A
     return tuned.__new__(tuned, *args)
 
 
-class ScopeHooks(threading.local):
+class ScopeHooks:
     """Opens and closes a scope around the calls of a GraphModule, which writes its own forward anew at will."""
 
     def __init__(self, scope: Scope) -> None:
         self.scope = scope
-        self.calls: list[AbstractContextManager[None]] = []
 
     def enter(self, *_: Any) -> None:
         """A pre-forward hook."""
-        self.calls.append(self.scope.opened())
-        self.calls[-1].__enter__()
+        self.scope.__enter__()
 
     def leave(self, *call: Any) -> Any:
         """A forward hook that is always called."""
         try:
             return materialized(call[-1], self.scope)
         finally:
-            self.calls.pop().__exit__(None, None, None)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickles and copies with no call under way."""
-        return ScopeHooks, (self.scope,)
+            self.scope.__exit__(None)
 
     @staticmethod
     def removed_from(module: nn.Module) -> None:

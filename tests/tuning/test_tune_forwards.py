@@ -791,8 +791,21 @@ def test_a_batch_norm_replaced_by_nothing_with_a_hook():
 CHANGES = {
     "of the tensor": lambda x: x.mul_(2),
     "of a detached alias": lambda x: x.detach().zero_(),
-    "of its data": lambda x: x.data.mul_(2),
 }
+UNTRACKED = {"of its data": lambda x: x.data.mul_(2)}
+
+
+@pytest.mark.parametrize("change", CHANGES | UNTRACKED)
+def test_a_change_in_place_that_was_foreseen(change):
+    def forward(m, x):
+        y = m.conv(x)
+        (CHANGES | UNTRACKED)[change](x)
+        return m.norm(y)
+
+    model = built(forward, conv=conv().requires_grad_(False))
+    tuned = tuned_with(model, 0)
+    with torch.no_grad():
+        torch.testing.assert_close(tuned(X.clone()), model(X.clone()))
 
 
 @pytest.mark.parametrize("change", CHANGES)
