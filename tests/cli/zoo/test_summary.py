@@ -40,10 +40,10 @@ def shown(summary, width=120):
 
 def test_the_numbers():
     summary = summarize(ROWS)
-    assert summary.models == 6
+    assert summary.total.models == 6
     assert list(summary.by_status.items()) == [(Status.PASS, 4), (Status.FAIL, 1), (Status.CRASH, 1)]
     assert (summary.with_batch_norms, summary.without_batch_norms, summary.whole) == (4, 1, 2)
-    assert summary.pairs == 37
+    assert summary.total.pairs == 37
     assert list(summary.refused.items()) == [("HAS_HOOKS", 5), ("NOT_AFTER_CONVOLUTION", 2)]
     assert summary.worst == {
         "output_error": Worst(4e-14, "zoo:c"),
@@ -64,8 +64,8 @@ def test_the_families():
 
 def test_the_memory_of_all_models_with_pairs():
     summary = summarize(ROWS)
-    assert summary.saved == Spread(4, pytest.approx(0.4), pytest.approx(0.1), pytest.approx(0.5))
-    assert summary.tune_by_deploy == 1.0
+    assert summary.total.saved == Spread(4, pytest.approx(0.4), pytest.approx(0.1), pytest.approx(0.5))
+    assert summary.total.tune_by_deploy == 1.0
 
 
 def test_the_order_of_the_rows_is_nothing():
@@ -125,10 +125,10 @@ def test_every_reason_of_the_library_has_an_explanation_and_others_have_none():
 
 def test_nothing_is_a_summary_too():
     summary = summarize([])
-    assert summary.models == summary.pairs == summary.whole == 0
+    assert summary.total.models == summary.total.pairs == summary.whole == 0
     assert not summary.by_status
     assert not summary.worst
-    assert summary.saved is None
+    assert summary.total.saved is None
     assert summary.families == ()
     assert "models" in shown(summary)
 
@@ -136,7 +136,7 @@ def test_nothing_is_a_summary_too():
 def test_rows_in_which_nothing_was_measured():
     summary = summarize([Row(name=f"zoo:{status}", status=status, level=Level.NUMERIC) for status in Status])
     assert dict(summary.by_status) == dict.fromkeys(Status, 1)
-    assert (summary.with_batch_norms, summary.without_batch_norms, summary.pairs) == (0, 0, 0)
+    assert (summary.with_batch_norms, summary.without_batch_norms, summary.total.pairs) == (0, 0, 0)
     (family,) = summary.families
     assert (family.name, family.models, family.saved, family.tune_by_deploy) == ("", 7, None, None)
     text = shown(summary)
@@ -148,10 +148,12 @@ def test_rows_in_which_nothing_was_measured():
 def test_any_rows_have_a_summary(rows):
     summary = summarize(rows)
     assert (
-        summary.models == sum(summary.by_status.values()) == sum(family.models for family in summary.families)
+        summary.total.models
+        == sum(summary.by_status.values())
+        == sum(family.models for family in summary.families)
     )
-    assert summary.pairs == sum(family.pairs for family in summary.families)
-    assert summary.whole <= summary.with_batch_norms <= summary.models - summary.without_batch_norms
+    assert summary.total.pairs == sum(family.pairs for family in summary.families)
+    assert summary.whole <= summary.with_batch_norms <= summary.total.models - summary.without_batch_norms
     assert shown(summary)
 
 
