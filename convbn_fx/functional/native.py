@@ -38,6 +38,9 @@ _FLAGS: Final = ["-O3", "-fno-math-errno"]  # with it, a square root is an instr
 #: The operator; None where it is not loaded.
 operator: Callable[..., torch.Tensor] | None = None
 
+#: What makes a tensor without memory that stands for a convolution's output; None where it is not loaded.
+stand_in: Callable[..., torch.Tensor] | None = None
+
 _building: Final = threading.Lock()
 _has_been_tried = False
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from convbn_fx import _torch, kinds
 from convbn_fx._torch import has_any_global_hook, pytree
+from convbn_fx.functional import native
 from convbn_fx.functional.arithmetic import convolution
 from convbn_fx.functional.autocast import autocast_of, computing_dtype, in_autocast_state
 from convbn_fx.functional.autograd import convolution_gradients
@@ -172,32 +173,32 @@ def defer(input: Any, conv: Convolution, pairing: Pairing, surroundings: Surroun
     Returns:
         What stands for the convolution's output; the output itself where that is better computed here.
     """
+    weight, bias = conv.weight, conv.bias
     # A change of the input has to show, and forward-mode AD has to know what is computed.
     if not isinstance(input, Tensor) or input.is_inference() or _torch.is_forward_ad_on():
         return convolution(conv, input)
     dtype = computing_dtype(input, conv)
-    if dtype is None or input.ndim != conv.weight.ndim:
+    if dtype is None or input.ndim != weight.ndim:
         return convolution(conv, input)
-    shape = output_shape(input, conv.weight, conv)
-    # The input would live as long as what stands for a smaller output, which no gradient needs.
-    trains = surroundings[0] and _requires_grad(input, conv.weight, conv.bias)
+    shape = output_shape(input, weight, conv)
+    trains = surroundings[0] and (
+        weight.requires_grad or input.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    # Where no gradient needs the input, it would live as long as what stands for a smaller output.
     if min(shape) < 1 or not (trains or math.prod(shape) >= input.numel()):
         return convolution(conv, input)
     waiting = Waiting(input, conv, pairing, surroundings)
     for scope in pairing.scopes:
         if scope.calls:
             scope.calls[-1][1].append(weakref.ref(waiting))
-    if trains and waiting.is_differentiable:
-        deferred: Deferred = _Differentiable.apply(input, conv.weight, conv.bias, (waiting, shape, dtype))
+    if native.stand_in is not None and surroundings[-2:] == (0, None):  # no mode and no function transform
+        deferred: Any = native.stand_in(waiting, input, weight, bias, shape, dtype)
+        deferred.__class__ = Deferred
+        deferred.waiting = waiting
         return deferred
+    if trains and waiting.is_differentiable:
+        return _Differentiable.apply(input, weight, bias, (waiting, shape, dtype))
     return _without_history(waiting, shape, dtype)
-
-
-def _requires_grad(*tensors: Tensor | None) -> bool:
-    for tensor in tensors:  # noqa: SIM110 - at every call of every pair: no generator
-        if tensor is not None and tensor.requires_grad:
-            return True
-    return False
 
 
 def _unforeseen(what: str) -> str:
@@ -223,7 +224,7 @@ class Waiting:
         "conv",
         "input",
         "output",
-        "output_versions",
+        "output_version",
         "pairing",
         "surroundings",
         "versions",
@@ -266,7 +267,7 @@ class Waiting:
             self._check_that_it_is_unchanged()
             with self._in_surroundings_of_the_call():
                 self.output = convolution(self.conv, self.input)
-            self.output_versions = _versions(self.output)
+            self.output_version = self.output._version
         return self.output
 
     def materialize_for_later(self) -> None:
@@ -277,7 +278,7 @@ class Waiting:
     def gradients(self, grad_output: Tensor, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
         """The gradients of input, weight and bias, for what took the output past Python."""
         self._check_that_it_is_unchanged()
-        if self.output is not None and self.output_versions != _versions(self.output):
+        if self.output is not None and self.output_version != self.output._version:
             raise RuntimeError(_unforeseen("the output of a convolution was changed in place"))
         return convolution_gradients(self.conv, self.input, grad_output, wanted)
 
@@ -315,12 +316,12 @@ class Waiting:
                 _torch.enter_saved_tensors_hooks(*hooks)
 
 
-def _versions(*tensors: Tensor | None) -> list[int]:
-    """What changes when one of the tensors is changed in place."""
+def _versions(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[int, ...]:
+    """What changes when one of a convolution's operands is changed in place."""
     try:
-        return [0 if tensor is None else tensor._version for tensor in tensors]
-    except RuntimeError:  # tensors made in inference mode have none
-        return [0 if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors]
+        return input._version, weight._version, 0 if bias is None else bias._version
+    except RuntimeError:  # parameters made in inference mode have none
+        return (input._version,)
 
 
 class Deferred(Tensor):
@@ -328,9 +329,12 @@ class Deferred(Tensor):
 
     It has the output's shape, dtype and device, and hands gradients on to the convolution's operands, for code that
     does not ask `__torch_function__`: an `autograd.Function`, a reentrant checkpoint, `torch.vmap`, an operator in C++.
+
+    Attributes:
+        waiting: The convolution.
     """
 
-    _waiting: Waiting
+    waiting: Waiting
 
     def materialized(self) -> Tensor:
         """The output, computed if it was not yet.
@@ -339,10 +343,10 @@ class Deferred(Tensor):
             RuntimeError: Code that does not ask `__torch_function__` has changed it in place.
         """
         with _torch.DisableTorchFunction():
-            history = self.grad_fn
-        if history is not None and getattr(history, "waiting", None) is not self._waiting:
+            is_changed = self._version > 0
+        if is_changed:
             raise RuntimeError(_unforeseen("the output of a convolution was changed in place"))
-        return self._waiting.materialized()
+        return self.waiting.materialized()
 
     @classmethod
     def __torch_function__(
@@ -353,7 +357,7 @@ class Deferred(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Any function of PyTorch computes with the convolution's output."""
-        if func in _METADATA and not (func == _DEVICE and args[0]._waiting.is_in_region):
+        if func in _METADATA and not (func == _DEVICE and args[0].waiting.is_in_region):
             with _torch.DisableTorchFunction():
                 return func(*args, **(kwargs or {}))
         return func(*materialized(args), **materialized(kwargs or {}))
@@ -370,16 +374,16 @@ class Deferred(Tensor):
 
 
 def _values(deferred: Deferred) -> Tensor:
-    if not deferred._waiting.is_differentiable:  # the transform would take it for a constant
+    if not deferred.waiting.is_differentiable:  # the transform would take it for a constant
         raise RuntimeError(_unforeseen("the output of a convolution was read past Python in a transform"))
-    return deferred._waiting.materialized().detach()
+    return deferred.waiting.materialized().detach()
 
 
 def _without_history(waiting: Waiting, shape: tuple[int, ...], dtype: torch.dtype) -> Deferred:
     deferred: Deferred = torch.Tensor._make_wrapper_subclass(
         Deferred, shape, dtype=dtype, device=waiting.input.device
     )
-    deferred._waiting = waiting
+    deferred.waiting = waiting
     return deferred
 
 
@@ -410,11 +414,6 @@ _METADATA: Final = frozenset(
 )
 
 
-def waiting_in(value: Any) -> Waiting | None:
-    """The convolution that a value stands for, if it stands for one."""
-    return value._waiting if type(value) is Deferred else None
-
-
 def materialized(value: Any, scope: Scope | None = None) -> Any:
     """The value, with every deferred convolution in it (in tuples, lists and dicts too) replaced by its output.
 
@@ -423,7 +422,7 @@ def materialized(value: Any, scope: Scope | None = None) -> Any:
         scope: If given, what waits for a batch norm outside of it goes on waiting.
     """
     if type(value) is Deferred:
-        return value.materialized() if scope is None or scope in value._waiting.pairing.scopes else value
+        return value.materialized() if scope is None or scope in value.waiting.pairing.scopes else value
     if not isinstance(value, (tuple, list, dict)):
         return value
     # Most often the arguments of a forward: tensors, and nothing inside of them.
@@ -432,6 +431,6 @@ def materialized(value: Any, scope: Scope | None = None) -> Any:
             break
     else:
         return value
-    if all(waiting_in(leaf) is None for leaf in pytree.tree_leaves(value)):
+    if Deferred not in map(type, pytree.tree_leaves(value)):
         return value
     return pytree.tree_map(partial(materialized, scope=scope), value)

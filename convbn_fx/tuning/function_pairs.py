@@ -11,14 +11,14 @@ convolution may have the number; if it waits for a batch norm that does not come
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from convbn_fx import kinds
-from convbn_fx.tuning.deferred import Pairing, Uncounted, defer, materialized, running, waiting_in
+from convbn_fx.tuning.deferred import Deferred, Pairing, Uncounted, defer, materialized, running
 
 
 class FunctionPairs(TorchFunctionMode):
@@ -64,11 +64,14 @@ class FunctionPairs(TorchFunctionMode):
                 operands = kinds.CONVOLUTION_FUNCTIONS[func].operands(*args, **kwargs)
                 return defer(*operands, pairing, surroundings)
         kind = kinds.BATCH_NORM_FUNCTIONS.get(func)
-        if kind is not None and kind.output_index is None and any(map(waiting_in, (*args, *kwargs.values()))):
+        if (
+            kind is not None
+            and kind.output_index is None
+            and Deferred in map(type, (*args, *kwargs.values()))
+        ):
             input, training, norm = kind.operands(*args, **kwargs)
-            waiting = waiting_in(input)
-            if waiting is not None and training is False:
-                normalised = waiting.normalized_by(norm)
+            if type(input) is Deferred and training is False:
+                normalised = input.waiting.normalized_by(norm)
                 if normalised is not None:
                     return normalised
         return func(*args, **kwargs)
@@ -81,16 +84,11 @@ def while_running(
 
     Args:
         module: The module.
-        pairings: Those of the functions that it calls; None where it calls none that matter.
+        pairings: Those of the functions that it calls; None where only a module around it calls such.
         method: The method.
     """
-    if running.counter is None and pairings is None:
-        return _NOTHING
     if pairings is None:
         return Uncounted()
     if running.counter is not None and running.counter.caller is module:
-        return _NOTHING  # one of its methods has been entered before
+        return nullcontext()  # one of its methods has been entered before
     return FunctionPairs(module, pairings, method)
-
-
-_NOTHING: Final = nullcontext()

@@ -12,13 +12,13 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from convbn_fx import kinds
 from convbn_fx._torch import BatchNormBase
 from convbn_fx.fx.copying import PART_OF_PAIR, derived
-from convbn_fx.tuning.deferred import Scope, Uncounted, defer, materialized, running, waiting_in
+from convbn_fx.tuning.deferred import Deferred, Scope, Uncounted, defer, materialized, running
 from convbn_fx.tuning.function_pairs import while_running
 
 #: Attributes of tuned modules, in their `__dict__`.
@@ -40,7 +40,8 @@ def _convolution_forward(cls: type[nn.Module], name: str) -> Callable[..., Any]:
             running.counter.number += 1  # as if it called one function, whatever it does
             with Uncounted():
                 return forward(self, *args, **kwargs)
-        args, kwargs = materialized(args), materialized(kwargs) if kwargs else kwargs
+        if len(args) != 1 or kwargs or type(args[0]) is not Tensor:
+            args, kwargs = materialized(args), materialized(kwargs)
         pairing = self.__dict__.get(PAIRING)
         if pairing is not None and (surroundings := pairing.allows()) is not None:
             kind = kinds.convolution_kind(self)
@@ -60,9 +61,8 @@ def _batch_norm_forward(cls: type[nn.Module], name: str) -> Callable[..., Any]:
         if running.counter is not None:
             with Uncounted():
                 return forward(self, *args, **kwargs)
-        for value in (*args, *kwargs.values()):
-            waiting = waiting_in(value)
-            if waiting is not None and (normalised := waiting.normalized_by(self)) is not None:
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            if type(value) is Deferred and (normalised := value.waiting.normalized_by(self)) is not None:
                 return normalised
         return original(self, *materialized(args), **materialized(kwargs))
 
@@ -73,17 +73,26 @@ def _owning_method(cls: type[nn.Module], name: str) -> Callable[..., Any]:
     @functools.wraps(getattr(cls, name))
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         original = getattr(cls, name)
+        attributes = self.__dict__
         # What is known of the pairs is known of the modules, not of their replicas (nn.DataParallel).
-        if "_is_replica" in vars(self) or torch.compiler.is_compiling():
+        if "_is_replica" in attributes or torch.compiler.is_compiling():
             return original(self, *args, **kwargs)
-        scope = vars(self).get(SCOPE)
-        with while_running(self, vars(self).get(FUNCTION_CALLS), name):
-            if scope is None:
-                return original(self, *args, **kwargs)
-            with scope:
-                return materialized(original(self, *args, **kwargs), scope)
+        scope, calls = attributes.get(SCOPE), attributes.get(FUNCTION_CALLS)
+        if calls is None and running.counter is None:
+            return _in_scope(scope, original, self, args, kwargs)
+        with while_running(self, calls, name):
+            return _in_scope(scope, original, self, args, kwargs)
 
     return method
+
+
+def _in_scope(
+    scope: Scope | None, method: Callable[..., Any], self: nn.Module, args: Any, kwargs: Any
+) -> Any:
+    if scope is None:
+        return method(self, *args, **kwargs)
+    with scope:
+        return materialized(method(self, *args, **kwargs), scope)
 
 
 def _train(cls: type[nn.Module]) -> Callable[..., Any]:
