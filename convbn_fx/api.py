@@ -12,12 +12,13 @@ from convbn_fx import kinds
 from convbn_fx.deploying.baking import Baked, bake, bake_graph
 from convbn_fx.deploying.checking import check_example_inputs, check_outputs
 from convbn_fx.functional import native
+from convbn_fx.fx.activations import save_less
 from convbn_fx.fx.graph_module import GraphModule, make_plain
 from convbn_fx.fx.matching import find_pairs, hooks_note
 from convbn_fx.fx.notes import compiled_report
 from convbn_fx.fx.pairs import OwnedPair
 from convbn_fx.fx.private_copy import private_copy
-from convbn_fx.fx.rewriting import copied, rewrite, unfuse
+from convbn_fx.fx.rewriting import copied, rewrite, unfuse, unfuse_activations
 from convbn_fx.kinds.modes import batch_norms, selected
 from convbn_fx.records import Report, Skip, SkipReason, without_wrappers
 from convbn_fx.tuning.cloning import Model, clone, untuned_class
@@ -25,13 +26,15 @@ from convbn_fx.tuning.exploring.discovery import Discovery, Explored, discover
 from convbn_fx.tuning.exploring.exploration import GuessedTensor
 from convbn_fx.tuning.exploring.untaken import CodeRun
 from convbn_fx.tuning.exploring.uses import doubts, goes_another_way
-from convbn_fx.tuning.linking import file_report, keep_in_eval_mode, link, orphaned
+from convbn_fx.tuning.linking import file_report, keep_in_eval_mode, link, orphaned, save_less_in
 from convbn_fx.tuning.tuned_classes import REPORT, STAYS_IN_EVAL_MODE
 
 META_KEY: Final = "convbn_fx"
 
 
-def transform(graph_module: torch.fx.GraphModule, *, include_training: bool = False) -> GraphModule:
+def transform(
+    graph_module: torch.fx.GraphModule, *, include_training: bool = False, activations: bool = True
+) -> GraphModule:
     """Fuses every convolution and Eval-mode batch norm of a graph into one convolution (Tune mode).
 
     Outputs and all gradients stay the same (arXiv 2305.11624, section 3); the feature map between convolution and
@@ -44,6 +47,7 @@ def transform(graph_module: torch.fx.GraphModule, *, include_training: bool = Fa
             It is left untouched; the result shares its modules, parameters and buffers.
         include_training: Rewrite pairs whose batch norm is in Train mode now as well; they fuse as soon as it is
             switched to Eval mode.
+        activations: Where a pair was fused, let the activations and the batch norms that stay save less, too.
 
     Returns:
         A new GraphModule with the same `state_dict` keys. [`report`][convbn_fx.report] tells what was fused in it.
@@ -73,7 +77,7 @@ def transform(graph_module: torch.fx.GraphModule, *, include_training: bool = Fa
             "Remove it, or trace a module that calls it."
         )
     native.ensure()
-    result = rewritten(graph_module, include_training)
+    result = rewritten(graph_module, include_training, activations)
     _warn_of_train_mode(
         "transform",
         result,
@@ -84,33 +88,38 @@ def transform(graph_module: torch.fx.GraphModule, *, include_training: bool = Fa
     return result
 
 
-def rewritten(graph_module: torch.fx.GraphModule, include_training: bool = False) -> GraphModule:
+def rewritten(
+    graph_module: torch.fx.GraphModule, include_training: bool = False, activations: bool = True
+) -> GraphModule:
     """What `transform` returns, without its checks and its warning: Dynamo traces a model in whatever mode it is.
 
     Args:
         graph_module: Any GraphModule. It is left untouched.
         include_training: As there.
+        activations: As there.
 
     Returns:
         A new GraphModule.
     """
     result = copied(graph_module)
     for name, part in _called_graph_modules(result):
-        setattr(result, name, rewritten(part, include_training))
-    _fuse(result, include_training)
+        setattr(result, name, rewritten(part, include_training, activations))
+    _fuse(result, include_training, activations)
     return result
 
 
-def _fuse(graph_module: GraphModule, include_training: bool) -> None:
+def _fuse(graph_module: GraphModule, include_training: bool, activations: bool) -> None:
     """Rewrites the pairs of one graph in place and files the report."""
-    fused = list(graph_module.meta.get(META_KEY, Report()).fused)
+    known = graph_module.meta.get(META_KEY, Report())
+    fused = list(known.fused)
     while True:  # the second time round for the skips: they speak of the graph as it is in the end
         matches, skips = find_pairs(graph_module, include_training)
         if not matches:
             break
         rewrite(graph_module, matches)
         fused += [match.pair for match in matches]
-    graph_module.meta[META_KEY] = Report(fused, skips)
+    less = save_less(graph_module) if fused and activations else []
+    graph_module.meta[META_KEY] = Report(fused, skips, known.activations + less)
 
 
 def _called_graph_modules(graph_module: GraphModule) -> list[tuple[str, torch.fx.GraphModule]]:
@@ -129,6 +138,7 @@ def tune(
     *,
     norm_eval: bool = False,
     include_training: bool = False,
+    activations: bool = True,
 ) -> Model:
     """The same model, with every convolution and Eval-mode batch norm of it run as one convolution (Tune mode).
 
@@ -145,6 +155,9 @@ def tune(
             (what detectors call `norm_eval`). [`batchnorm_mode`][convbn_fx.batchnorm_mode] can still switch them.
         include_training: Take pairs whose batch norm is in Train mode now as well; they fuse as soon as it is
             switched to Eval mode.
+        activations: Where a pair was fused, let the activations and the batch norms that stay save less for the
+            backward pass, too: what the next convolution saves anyway, or what it is recomputed from. Values are the
+            same to the bit. Needs the operator in C++.
 
     Returns:
         A model of the same class, with copies of the modules that share all parameters and buffers with those of
@@ -173,8 +186,8 @@ def tune(
         keep_in_eval_mode(batch_norms(tuned, names))
     for name, module in tuned.named_modules():
         if isinstance(module, GraphModule) and _is_inside(name, names):
-            _fuse(module, include_training)
-    _linked(tuned, names, discover(tuned, include_training))
+            _fuse(module, include_training, activations)
+    _linked(tuned, names, discover(tuned, include_training), activations)
     _warn_of_train_mode(
         "tune",
         tuned,
@@ -230,11 +243,14 @@ def untune(model: Model) -> Model:
     return plain
 
 
-def _linked(model: Model, names: Iterable[str], found: Discovery) -> Model:
+def _linked(model: Model, names: Iterable[str], found: Discovery, activations: bool) -> Model:
     """Gives the modules of a model their parts in the pairs that were found inside those with these names."""
     chosen = [pair for pair in found.pairs if _is_inside(pair.owner, names)]
     linked = [(pair, link(model, pair)) for pair in chosen]
-    file_report(model, linked, found.skips + _outside(found.pairs, chosen))
+    less = []
+    if linked and activations:
+        less = save_less_in(model, lambda name: _is_inside(name, names), found.questions)
+    file_report(model, linked, found.skips + _outside(found.pairs, chosen), less)
     return model
 
 
@@ -302,7 +318,8 @@ def _deployed(model: Model, names: Iterable[str]) -> Model:
     deployed = clone(model)
     for name, module in list(deployed.named_modules()):
         if isinstance(module, GraphModule) and _is_inside(name, names):
-            _fuse(module, include_training=False)
+            unfuse_activations(module)
+            _fuse(module, include_training=False, activations=False)
             skips = bake_graph(module)
             left = {skip.batch_norm for skip in skips}
             fused, others = module.meta[META_KEY].fused, module.meta[META_KEY].skipped
@@ -376,7 +393,7 @@ def tuned_and_deployed(model: Model) -> tuple[Model, Model]:
     tuned, deployed = clone(model), clone(model)
     with CodeRun() as code:
         found = discover(deployed)
-    return _linked(tuned, [""], found), _baked(deployed, [""], found, code)
+    return _linked(tuned, [""], found, activations=True), _baked(deployed, [""], found, code)
 
 
 def _warn_of_train_mode(function: str, model: nn.Module, names: Iterable[str], cure: str) -> None:
@@ -488,4 +505,4 @@ def _graph_as_it_is_now(graph_module: torch.fx.GraphModule, filed: Report) -> Re
             note=hooks_note(parts.values()) if parts else pair.note,
         )
         fused.append(now)
-    return Report(fused, skipped)
+    return Report(fused, skipped, filed.activations)

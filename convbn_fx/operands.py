@@ -1,4 +1,4 @@
-"""The operands of a convolution and of a batch norm in one normal form, whichever way a model spelt them."""
+"""The operands of a convolution, a batch norm, an activation in one normal form, whichever way a model spelt them."""
 
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
@@ -41,3 +41,15 @@ class BatchNorm(NamedTuple, Generic[T]):
     weight: T | None = None
     bias: T | None = None
     eps: Any = 1e-5
+
+
+class Activation(NamedTuple):
+    """An activation function: its kind, the numbers that it depends on, and whether it overwrites its input.
+
+    `kind` is a key of [`FUNCTIONS`][convbn_fx.functional.activations.FUNCTIONS], or the name of one that is composed of
+    other functions.
+    """
+
+    kind: str
+    numbers: tuple[float, ...] = ()
+    inplace: bool = False

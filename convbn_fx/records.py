@@ -180,6 +180,26 @@ class Skip:
 
 
 @dataclass(frozen=True)
+class SavedLess:
+    """An activation, or a batch norm that stays, that saves less for the backward pass than PyTorch's own.
+
+    Attributes:
+        name: Qualified name of the module, or the node's name where it was a function.
+        kind: Its name in the table of kinds, such as `SiLU`.
+        saves: What it saves. Where nothing before it trains, one whose derivative is one of two numbers saves a mask of
+            one byte an element instead.
+    """
+
+    name: str
+    kind: str
+    saves: str
+
+    def prefixed(self, prefix: str) -> "SavedLess":
+        """The same record with its name under the sub-module `prefix` of a larger model."""
+        return replace(self, name=f"{prefix}.{self.name}" if prefix else self.name)
+
+
+@dataclass(frozen=True)
 class Report:
     """What the pass did to a model: the pairs it fused, the batch norms it left and why.
 
@@ -188,10 +208,12 @@ class Report:
     Attributes:
         fused: One record per fused pair, in graph order.
         skipped: One record per batch norm that stayed.
+        activations: One record per activation, and batch norm that stayed, that saves less.
     """
 
     fused: list[Pair] = field(default_factory=list)
     skipped: list[Skip] = field(default_factory=list)
+    activations: list[SavedLess] = field(default_factory=list)
 
     @property
     def reasons(self) -> Counter[SkipReason]:
@@ -208,12 +230,16 @@ class Report:
     def prefixed(self, prefix: str) -> "Report":
         """The same report with every name under the sub-module `prefix` of a larger model."""
         return Report(
-            [pair.prefixed(prefix) for pair in self.fused], [skip.prefixed(prefix) for skip in self.skipped]
+            [pair.prefixed(prefix) for pair in self.fused],
+            [skip.prefixed(prefix) for skip in self.skipped],
+            [each.prefixed(prefix) for each in self.activations],
         )
 
     def __add__(self, other: "Report") -> "Report":
         """The report of two parts of a model together."""
-        return Report(self.fused + other.fused, self.skipped + other.skipped)
+        return Report(
+            self.fused + other.fused, self.skipped + other.skipped, self.activations + other.activations
+        )
 
     def __str__(self) -> str:
         """A table in plain text: fused pairs first, then what was left, then the cures."""
@@ -227,7 +253,14 @@ class Report:
                     f"{count} x {reason.name}: {reason.cure}" for reason, count in self.reasons.most_common()
                 )
             )
+        if self.activations:
+            sections.append("\n".join(self._told_of_activations()))
         return "\n\n".join(sections)
+
+    def _told_of_activations(self) -> list[str]:
+        """A line for each kind of activation."""
+        counts = Counter((each.kind, each.saves) for each in self.activations)
+        return [f"{count} x {kind}: {saves}" for (kind, saves), count in counts.most_common()]
 
     def _repr_html_(self) -> str:
         """The same table for notebooks."""
@@ -238,6 +271,9 @@ class Report:
             parts.append(_html_table(_SKIP_HEADER, [_skip_row(skip) for skip in self.skipped]))
             cures = "".join(f"<li>{reason.name}: {escape(reason.cure)}</li>" for reason in self.reasons)
             parts.append(f"<ul>{cures}</ul>")
+        if self.activations:
+            lines = "".join(f"<li>{escape(line)}</li>" for line in self._told_of_activations())
+            parts.append(f"<ul>{lines}</ul>")
         return "\n".join(parts)
 
 

@@ -50,7 +50,7 @@ def convbn(
     if inner:
         unknown = ", ".join(map(repr, inner))
         raise ValueError(f"convbn: unknown option {unknown}. The only one is 'inner': a backend's name")
-    fused = rewritten(graph_module)
+    fused = rewritten(graph_module, activations=False)  # compilers decide what to recompute
     notes = Notes(fused.meta[META_KEY], graph_module)
     notes.leave_on(example_inputs)
     if name is None:

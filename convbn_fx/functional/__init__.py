@@ -3,10 +3,16 @@
 Must not know what a graph is, nor which module calls: it imports torch and the kinds, never `torch.fx`.
 """
 
+from convbn_fx.functional.activations import (
+    activation,
+    batch_norm_that_stays,
+    conv_batch_norm_act,
+)
 from convbn_fx.functional.dispatch import conv_batch_norm
 from convbn_fx.functional.folding import fold
 
 # The path that graphs print and that pickles hold: the files behind it may move.
-conv_batch_norm.__module__ = fold.__module__ = __name__
+for _function in (conv_batch_norm, conv_batch_norm_act, activation, batch_norm_that_stays, fold):
+    _function.__module__ = __name__
 
-__all__ = ["conv_batch_norm", "fold"]
+__all__ = ["activation", "batch_norm_that_stays", "conv_batch_norm", "conv_batch_norm_act", "fold"]

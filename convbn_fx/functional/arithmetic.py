@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from convbn_fx import _torch
+from convbn_fx._torch import FakeTensor
 from convbn_fx.operands import BatchNorm, Convolution
 
 
@@ -93,6 +94,16 @@ def is_eager(tensor: Tensor) -> bool:
         and _torch.dispatch_modes() == 0
         and not _torch.are_transforms_active()
         and not _torch.is_legacy_batched(tensor)
+    )
+
+
+def is_plainly_fake(tensor: Tensor) -> bool:
+    """Whether the tensor stands for one that `is_eager`: shapes and dtypes are followed, and nothing else looks on."""
+    return (
+        type(tensor) is FakeTensor
+        and not torch.compiler.is_compiling()
+        and _torch.dispatch_modes() == 1  # the fake tensors' own
+        and not _torch.are_transforms_active()
     )
 
 

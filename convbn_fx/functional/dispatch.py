@@ -22,6 +22,7 @@ from convbn_fx.functional.arithmetic import (
     convolution,
     is_eager,
     is_half,
+    is_plainly_fake,
     output_channels,
     rounded,
 )
@@ -129,10 +130,11 @@ def _are_for_the_operator(
     """Whether plain tensors are just to be computed with: by the operator, which looks at dtypes, shapes, sizes."""
     _, weight, bias, *_ = conv
     mean, variance, gamma, beta, _ = norm
+    fake = is_plainly_fake(input)
     for tensor in (weight, bias, gamma, beta, mean, variance):
-        if not (tensor is None or type(tensor) in _PLAIN):
+        if not (tensor is None or type(tensor) in _PLAIN or (fake and type(tensor) is FakeTensor)):
             return False
-    if not is_eager(input) or _torch.is_forward_ad_on() or norm_kind.promotes:
+    if not (fake or is_eager(input)) or _torch.is_forward_ad_on() or norm_kind.promotes:
         return False
     if not (weight.requires_grad or gamma is None) and _trains_gamma_alone(input, conv, norm):
         return not torch.is_grad_enabled()  # Eval mode may save less: the sizes of storages tell
@@ -162,13 +164,13 @@ def _convolution_reader(conv: nn.Module | Convolution) -> Callable[..., tuple[An
     return None if kind is None or kinds.has_hooks(conv) else partial(kind.operands, conv)
 
 
-_FUNCTIONAL_BATCH_NORM: Final = kinds.BATCH_NORM_FUNCTIONS[F.batch_norm]
+FUNCTIONAL_BATCH_NORM: Final = kinds.BATCH_NORM_FUNCTIONS[F.batch_norm]
 
 
 def fusible_kind(norm: nn.Module | BatchNorm) -> BatchNormKind | None:
     """The batch norm's row of the table, or None unless calling it normalises by running statistics and no more."""
     if isinstance(norm, BatchNorm):
-        return _FUNCTIONAL_BATCH_NORM
+        return FUNCTIONAL_BATCH_NORM
     return None if kinds.has_hooks(norm) else kinds.frozen_kind(norm)
 
 
@@ -267,7 +269,7 @@ def _are_ordinary(
     statistics_dtype = norm.running_var.dtype
     if dtype not in _FUSED or statistics_dtype not in _FUSED[dtype] or (promotes and is_half(dtype)):
         return False
-    if not _are_plain(input, conv.weight, conv.bias, *norm[:4]):
+    if not are_plain(input, conv.weight, conv.bias, *norm[:4]):
         return False
     shape = (output_channels(conv),)
     for vector in norm[:4]:
@@ -290,7 +292,7 @@ _FUSED: Final = {
 _PLAIN: Final = frozenset({Tensor, nn.Parameter})
 
 
-def _are_plain(*tensors: Tensor | None) -> bool:
+def are_plain(*tensors: Tensor | None) -> bool:
     """Whether the tensors are dense ones, of classes that give no function a meaning of its own."""
     for tensor in tensors:
         if tensor is None:

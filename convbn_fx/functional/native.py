@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from convbn_fx.functional.geometry import Geometry
 from convbn_fx.operands import BatchNorm, Convolution
 
-_SOURCE: Final = Path(__file__).with_name("conv_batch_norm.cpp")
+_SOURCES: Final = Path(__file__).with_name("cpp")
 _NAME: Final = "convbn_fx_native"
 _FLAGS: Final = ["-O3", "-fno-math-errno"]  # with it, a square root is an instruction
 
@@ -65,7 +65,8 @@ def library() -> Path:
     """Where the build for this PyTorch, Python and source is, or would be."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
     python = f"{sys.implementation.cache_tag}-{platform.machine()}"
-    source = hashlib.sha256(_SOURCE.read_bytes() + " ".join(_FLAGS).encode()).hexdigest()[:12]
+    sources = b"".join(file.read_bytes() for file in sorted(_SOURCES.iterdir()))
+    source = hashlib.sha256(sources + " ".join(_FLAGS).encode()).hexdigest()[:12]
     return Path(root) / "convbn_fx" / f"{torch.__version__}-{python}-{source}" / f"{_NAME}.so"
 
 
@@ -154,7 +155,7 @@ def _compile(path: Path, again: bool) -> None:
 
             cpp_extension.load(
                 _NAME,
-                [str(_SOURCE)],
+                [str(file) for file in sorted(_SOURCES.glob("*.cpp"))],
                 extra_cflags=_FLAGS,
                 build_directory=str(directory),
                 is_python_module=False,

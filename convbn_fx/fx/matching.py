@@ -331,7 +331,7 @@ def _may_write(node: Node, root: nn.Module) -> bool:
         except Refusal:
             return True
         return False
-    if node.op == "call_module" or target is functional.conv_batch_norm:
+    if node.op == "call_module" or target in _FUSED:
         called = [node] if node.op == "call_module" else node.args[:2]
         modules = [
             _module_of(part, root) for part in called if isinstance(part, Node) and part.op != "call_function"
@@ -339,6 +339,9 @@ def _may_write(node: Node, root: nn.Module) -> bool:
         return not all(_is_known_and_frozen(part) for module in modules for part in module.modules())
     operators = _operators(node)
     return not operators or "out" in node.kwargs or any(_writes(operator, node) for operator in operators)
+
+
+_FUSED: Final = (functional.conv_batch_norm, functional.conv_batch_norm_act)
 
 
 def _operators(node: Node) -> list[Any]:

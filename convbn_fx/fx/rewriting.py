@@ -13,7 +13,13 @@ from torch.fx import Graph, Node, Proxy
 from torch.fx.node import map_arg
 from torch.fx.proxy import GraphAppendingTracer
 
-from convbn_fx.functional import conv_batch_norm
+from convbn_fx.functional import (
+    activation,
+    batch_norm_that_stays,
+    conv_batch_norm,
+    conv_batch_norm_act,
+)
+from convbn_fx.functional.activations import plain_activation
 from convbn_fx.functional.arithmetic import batch_norm, convolution
 from convbn_fx.fx.graph_module import GraphModule
 from convbn_fx.fx.pairs import Match
@@ -104,6 +110,7 @@ def unfuse(graph_module: GraphModule) -> None:
         graph_module: A rewritten graph. Modules, parameters and buffers are not touched.
     """
     graph = graph_module.graph
+    unfuse_activations(graph_module)
     for node in graph.find_nodes(op="call_function", target=conv_batch_norm):
         conv, norm, *args = node.args
         with graph.inserting_before(node):
@@ -115,6 +122,29 @@ def unfuse(graph_module: GraphModule) -> None:
         for module in (conv, norm):
             if isinstance(module, Node) and not module.users:
                 graph.erase_node(module)
+    graph.lint()
+    graph_module.recompile()
+
+
+def unfuse_activations(graph_module: GraphModule) -> None:
+    """The way back for activations, and for batch norms that stay: calls each as it was called, in place.
+
+    Args:
+        graph_module: A rewritten graph. Modules, parameters and buffers are not touched.
+    """
+    graph = graph_module.graph
+    for target, function in ((activation, plain_activation), (batch_norm_that_stays, batch_norm)):
+        for node in graph.find_nodes(op="call_function", target=target):
+            operands, *args = node.args
+            with graph.inserting_before(node):
+                output = _called(graph, function, operands, tuple(args), {})
+            output.meta = dict(node.meta)
+            node.replace_all_uses_with(output)
+            graph.erase_node(node)
+            if isinstance(operands, Node) and not operands.users:
+                graph.erase_node(operands)
+    for node in graph.find_nodes(op="call_function", target=conv_batch_norm_act):
+        node.target = conv_batch_norm
     graph.lint()
     graph_module.recompile()
 

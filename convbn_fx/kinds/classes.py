@@ -12,8 +12,15 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from convbn_fx._torch import BatchNormBase, ConvBase
-from convbn_fx.kinds import modules, third_party
-from convbn_fx.kinds.rows import FORWARD_METHODS, BatchNormKind, ConvolutionKind, Methods, Row
+from convbn_fx.kinds import activations, modules, third_party
+from convbn_fx.kinds.rows import (
+    FORWARD_METHODS,
+    ActivationKind,
+    BatchNormKind,
+    ConvolutionKind,
+    Methods,
+    Row,
+)
 
 #: Attribute of the classes that `tune` generates: the class that one was generated from.
 TUNED_FROM: Final = "_convbn_fx_tuned_from"
@@ -41,6 +48,11 @@ def convolution_kind(module: nn.Module) -> ConvolutionKind | None:
 def batch_norm_kind(module: nn.Module) -> BatchNormKind | None:
     """The row of a batch-norm module, or None if its forward is not one that the table knows."""
     return _row_of(module, BATCH_NORM_CLASSES)
+
+
+def activation_kind(module: nn.Module) -> ActivationKind | None:
+    """The row of an activation module, or None if its forward is not one that the table knows."""
+    return _row_of(module, ACTIVATION_CLASSES)
 
 
 def _row_of(module: nn.Module, table: "Classes[Row]") -> Row | None:
@@ -146,8 +158,15 @@ def _batch_norm_by_name(cls: type[nn.Module]) -> BatchNormKind | None:
     return replace(row, **fields)
 
 
+def _activation_by_name(cls: type[nn.Module]) -> ActivationKind | None:
+    kind = third_party.activation_kind(cls)
+    return None if kind is None else ActivationKind(cls.__name__, activations.named(kind), Methods(cls))
+
+
 CONVOLUTION_CLASSES: Final = Classes(dict(modules.CONVOLUTIONS), _convolution_by_name)
 BATCH_NORM_CLASSES: Final = Classes(dict(modules.BATCH_NORMS), _batch_norm_by_name)
+
+ACTIVATION_CLASSES: Final = Classes(dict(activations.ACTIVATIONS), _activation_by_name)
 
 
 def frozen_kind(norm: nn.Module) -> BatchNormKind | None:

@@ -99,7 +99,7 @@ class AsAttributes:
 # --- The table ---------------------------------------------------------------------------------------------------
 
 
-def _is_as_shipped(cls: type[nn.Module]) -> bool:
+def is_as_shipped(cls: type[nn.Module]) -> bool:
     """Whether nobody had replaced a method of a torch.nn class before this file was imported."""
     methods = [getattr(cls, name, None) for name in FORWARD_METHODS]
     return all(
@@ -130,7 +130,7 @@ CONVOLUTIONS: Final[dict[type[nn.Module], ConvolutionKind]] = {
         (nn.ConvTranspose3d, conv_transpose_module("conv_transpose3d", 3), 5, _TRANSPOSED),
         (nn.Linear, linear_module, 2, PARAMETERS),
     )
-    if _is_as_shipped(cls)
+    if is_as_shipped(cls)
 }
 
 BATCH_NORMS: Final[dict[type[nn.Module], BatchNormKind]] = {
@@ -143,5 +143,5 @@ BATCH_NORMS: Final[dict[type[nn.Module], BatchNormKind]] = {
         (nn.BatchNorm3d, (5,)),
         (nn.SyncBatchNorm, None),
     )
-    if _is_as_shipped(cls)
+    if is_as_shipped(cls)
 }

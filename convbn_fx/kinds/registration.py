@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from convbn_fx.kinds import classes
 from convbn_fx.kinds.classes import Classes, defined
-from convbn_fx.kinds.rows import BatchNormKind, ConvolutionKind, Row
-from convbn_fx.operands import BatchNorm, Convolution
+from convbn_fx.kinds.rows import ActivationKind, BatchNormKind, ConvolutionKind, Row
+from convbn_fx.operands import Activation, BatchNorm, Convolution
 
 
 def register_conv(
@@ -110,6 +110,49 @@ def register_batch_norm(
         # Such a class most often multiplies and adds, and what it returns is of the type that comes out of that.
         row = replace(row, always_frozen=always_frozen, promotes=always_frozen)
     classes.BATCH_NORM_CLASSES.enter(cls, row)
+
+
+def register_activation(
+    cls: type[nn.Module],
+    *,
+    like: type[nn.Module] | None = None,
+    operands: Callable[[Any], Activation | None] | None = None,
+) -> None:
+    """Adds an activation class to the table, for all later calls of `tune` and `transform`.
+
+    By registering it you promise that calling the module computes that activation function, and nothing more.
+
+    Args:
+        cls: The class itself; its subclasses are not meant.
+        like: A class in the table whose forward `cls` computes, from the same attributes. By default the nearest
+            base class of `cls` in the table, if `cls` leaves its forward as it is.
+        operands: Instead of `like`: given the module, returns its [`Activation`][convbn_fx.operands.Activation], or None
+            where it is to run as it is.
+
+    Raises:
+        TypeError: `cls` is no `torch.nn.Module` class, or nothing tells what its forward computes, or `cls` has not
+            the attributes that `like` has.
+
+    Example:
+        ```python
+        import torch
+        import convbn_fx
+        from convbn_fx.operands import Activation
+
+        class Swish(torch.nn.Module):
+            def forward(self, x):
+                return torch.nn.functional.silu(x)
+
+        convbn_fx.kinds.register_activation(Swish, operands=lambda module: Activation("silu"))
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), Swish()).eval()
+        assert [each.name for each in convbn_fx.report(convbn_fx.tune(model)).activations] == ["2"]
+        ```
+    """
+    if operands is not None and like is None and _is_module_class(cls):
+        row = ActivationKind(cls.__name__, operands)
+    else:
+        row = _row_like(cls, like, classes.ACTIVATION_CLASSES, "register_activation")
+    classes.ACTIVATION_CLASSES.enter(cls, row)
 
 
 def _is_module_class(cls: object) -> bool:

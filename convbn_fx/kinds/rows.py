@@ -7,7 +7,7 @@ from typing import Any, Final, TypeVar
 
 from torch import Tensor, nn
 
-from convbn_fx.operands import Convolution
+from convbn_fx.operands import Activation, Convolution
 
 # Whatever a forward of torch.nn's convolutions and batch norms calls on itself: overridden on a class or patched on an
 # instance, the forward is no longer the one that a row describes.
@@ -91,8 +91,8 @@ class BatchNormKind:
         always_frozen: For a class, whether it normalises by running statistics in Train mode too.
         promotes: Whether its result is of the type that the input's and the statistics' promote to, where
             `F.batch_norm` gives the input's.
-        epilogue: For a class, what its forward does after normalising (an activation, say), given the module and the
-            normalised tensor.
+        epilogue: For a class, what its forward does after normalising (an activation, say), given the module, the
+            normalised tensor, and what calls a module that is part of it, if that is not the call itself.
     """
 
     name: str
@@ -105,7 +105,7 @@ class BatchNormKind:
     statistics: tuple[str, ...] = ("running_mean", "running_var")
     always_frozen: bool = False
     promotes: bool = False
-    epilogue: Callable[[Any, Tensor], Tensor] | None = None
+    epilogue: Callable[..., Tensor] | None = None
 
     def has_statistics(self, module: nn.Module) -> bool:
         """Whether the module has running statistics to normalise by in Eval mode."""
@@ -120,4 +120,24 @@ class BatchNormKind:
         return rank >= 2 if self.accepted_ranks is None else rank in self.accepted_ranks
 
 
-Row = TypeVar("Row", ConvolutionKind, BatchNormKind)
+@dataclass(frozen=True)
+class ActivationKind:
+    """A row of the table: a module class or a function that is one of the activations that can save less.
+
+    Attributes:
+        name: What the report calls it.
+        operands: For a module: given the module, returns its `Activation`; None where it is such that its derivative
+            cannot be told. For a function: given one call's arguments, returns `(input, Activation | None)`.
+        methods: For a class, the methods that its forward consists of.
+        reads: For a class, the attributes that `operands` reads, where it is one of the library's own.
+        by_attribute: For a class, whether it may have a way of its own to a parameter or buffer: a property, say.
+    """
+
+    name: str
+    operands: Callable[[Any], Activation | None]
+    methods: Methods | None = None
+    reads: tuple[str, ...] = ()
+    by_attribute: bool = False
+
+
+Row = TypeVar("Row", ConvolutionKind, BatchNormKind, ActivationKind)

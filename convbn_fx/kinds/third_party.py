@@ -3,6 +3,7 @@
 A class is looked up in these tables when a model that holds it is first seen; its library is imported by then.
 """
 
+import operator
 import sys
 from collections.abc import Callable
 from fnmatch import fnmatchcase
@@ -79,11 +80,13 @@ CONVOLUTIONS: Final[dict[str, tuple[Callable[..., Any], Callable[..., Any]]]] = 
 }
 
 
-def _drop_and_act(module: Any, normalised: Tensor) -> Tensor:
+def _drop_and_act(
+    module: Any, normalised: Tensor, call: Callable[[nn.Module, Tensor], Tensor] = operator.call
+) -> Tensor:
     """What timm's norm-and-activation classes do after normalising; converted ones may lack either."""
     for name in ("drop", "act"):
         if hasattr(module, name):
-            normalised = getattr(module, name)(normalised)
+            normalised = call(getattr(module, name), normalised)
     return normalised
 
 
@@ -114,6 +117,27 @@ BATCH_NORMS: Final[dict[str, dict[str, Any]]] = {
         "promotes": True,
     },
 }
+
+
+#: Qualified name of each activation class, and its kind. A star stands for any part of a name.
+ACTIVATIONS: Final[dict[str, str]] = {
+    "timm.layers.activations*.Swish*": "composed_silu",
+    "timm.layers.activations*.HardSwish*": "composed_hardswish",
+    "timm.layers.activations*.HardSigmoid*": "composed_hardsigmoid",
+    "timm.layers.activations*.Mish*": "composed_mish",
+    "timm.layers.activations.Sigmoid": "sigmoid",
+    "timm.layers.activations.Tanh": "tanh",
+    "timm.layers.activations.GELU": "gelu",
+    "timm.layers.activations.GELUTanh": "gelu_tanh",
+    "efficientnet_pytorch.utils.Swish": "composed_silu",
+    "efficientnet_pytorch.utils.MemoryEfficientSwish": "composed_silu",
+}
+
+
+def activation_kind(cls: type) -> str | None:
+    """The kind of an activation class that is in the table, else None."""
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    return next((kind for pattern, kind in ACTIVATIONS.items() if fnmatchcase(name, pattern)), None)
 
 
 def batch_norm_fields(cls: type) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
 """What `tune` changes in a model: gives modules their parts in the pairs that were discovered, and files the report."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,12 +9,14 @@ import torch
 from torch import nn
 
 from convbn_fx import kinds
+from convbn_fx.functional.activations import what_is_saved
 from convbn_fx.fx.graph_module import keep_all_in_copies
 from convbn_fx.fx.matching import hooks_note
 from convbn_fx.fx.pairs import OwnedPair, Site
-from convbn_fx.records import Pair, Report, Skip, SkipReason, without_wrappers
+from convbn_fx.records import Pair, Report, SavedLess, Skip, SkipReason, without_wrappers
 from convbn_fx.tuning.deferred import Pairing, Scope
 from convbn_fx.tuning.exploring.discovery import identity
+from convbn_fx.tuning.exploring.exact_classes import Question
 from convbn_fx.tuning.tuned_classes import (
     FUNCTION_CALLS,
     PAIRING,
@@ -117,6 +119,31 @@ def keep_in_eval_mode(norms: Iterable[nn.Module]) -> None:
         give_role(norm, "batch_norm")
 
 
+def save_less_in(
+    model: nn.Module, is_chosen: Callable[[str], bool], questions: Iterable[Question]
+) -> list[SavedLess]:
+    """Lets activations, and the batch norms that are in no pair, save less for the backward pass.
+
+    Args:
+        model: A model whose pairs are linked.
+        is_chosen: Whether a module of this name is to be changed.
+        questions: What the model's code asks about exact classes: no class that it asks for becomes another.
+
+    Returns:
+        A record of each.
+    """
+    records = []
+    for name, module in model.named_modules():
+        record = what_is_saved(name, module) if is_chosen(name) else None
+        if record is None or kinds.TUNED_FROM in vars(type(module)) or "forward" in vars(module):
+            continue
+        if any(question.is_answered_otherwise({kinds.class_of(module)}) for question in questions):
+            continue
+        give_role(module, "activation" if kinds.activation_kind(module) is not None else "batch_norm_that_stays")
+        records.append(record)
+    return records
+
+
 @dataclass
 class FiledReport:
     """What was done in one forward, of which a report can be made as long as the module lives.
@@ -124,10 +151,12 @@ class FiledReport:
     Attributes:
         fused: Each pair with what its convolution looks up when it is called; None where it is baked.
         skipped: The batch norms that were left.
+        activations: What saves less.
     """
 
     fused: list[tuple[Pair, Pairing | None]] = field(default_factory=list)
     skipped: list[Skip] = field(default_factory=list)
+    activations: list[SavedLess] = field(default_factory=list)
 
     def now(self) -> Report:
         """The report of the modules as they are by now: exchanged, wrapped, or with hooks."""
@@ -139,7 +168,7 @@ class FiledReport:
                 skipped.append(Skip(pair.batch_norm, SkipReason.CHANGED_SINCE, change))
             else:
                 fused.append(replace(pair, note=hooks_note(pairing.watched)))
-        return Report(fused, skipped)
+        return Report(fused, skipped, self.activations)
 
 
 def orphaned(model: nn.Module) -> Iterator[Skip]:
@@ -155,7 +184,10 @@ def orphaned(model: nn.Module) -> Iterator[Skip]:
 
 
 def file_report(
-    model: nn.Module, pairs: Iterable[tuple[OwnedPair, Pairing | None]], skips: Iterable[Skip]
+    model: nn.Module,
+    pairs: Iterable[tuple[OwnedPair, Pairing | None]],
+    skips: Iterable[Skip],
+    activations: Iterable[SavedLess] = (),
 ) -> None:
     """Files each record with the module whose forward it speaks of, so that sub-modules have reports of their own."""
     filed: defaultdict[str, FiledReport] = defaultdict(FiledReport, {"": FiledReport()})
@@ -168,5 +200,8 @@ def file_report(
     for skip in skips:
         owner = skip.batch_norm.rpartition(".")[0]
         filed[owner].skipped.append(skip.without_prefix(owner))
+    for each in activations:
+        owner, _, name = each.name.rpartition(".")
+        filed[owner].activations.append(replace(each, name=name))
     for owner, report in filed.items():
         vars(model.get_submodule(owner))[REPORT] = report

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from convbn_fx import kinds
 from convbn_fx._torch import BatchNormBase
+from convbn_fx.functional.activations import activated, normalised
 from convbn_fx.fx.copying import PART_OF_PAIR, derived
 from convbn_fx.tuning.deferred import Deferred, Scope, Uncounted, defer, materialized, running
 from convbn_fx.tuning.function_pairs import while_running
@@ -65,6 +66,26 @@ def _batch_norm_forward(cls: type[nn.Module], name: str) -> Callable[..., Any]:
             if type(value) is Deferred and (normalised := value.waiting.normalized_by(self)) is not None:
                 return normalised
         return original(self, *materialized(args), **materialized(kwargs))
+
+    return forward
+
+
+def _activation_forward(cls: type[nn.Module], name: str) -> Callable[..., Any]:
+    return _saving_less(cls, name, activated)
+
+
+def _batch_norm_that_stays_forward(cls: type[nn.Module], name: str) -> Callable[..., Any]:
+    return _saving_less(cls, name, normalised)
+
+
+def _saving_less(
+    cls: type[nn.Module], name: str, function: Callable[[Any, Any], Tensor | None]
+) -> Callable[..., Any]:
+    @functools.wraps(getattr(cls, name))
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and (output := function(self, args[0])) is not None:
+            return output
+        return getattr(cls, name)(self, *args, **kwargs)
 
     return forward
 
@@ -131,6 +152,8 @@ def _refuse_scripting(self: nn.Module) -> nn.Module:
 _REPLACEMENTS: Final[dict[str, Callable[[type[nn.Module], str], Callable[..., Any]]]] = {
     "convolution": _convolution_forward,
     "batch_norm": _batch_norm_forward,
+    "activation": _activation_forward,
+    "batch_norm_that_stays": _batch_norm_that_stays_forward,
     "owner": _owning_method,
 }
 
@@ -140,7 +163,7 @@ def give_role(module: nn.Module, role: str, methods: frozenset[str] = frozenset(
 
     Args:
         module: The module. If it plays the role already, the methods are added.
-        role: `convolution`, `batch_norm` or `owner`; the last also for a module that calls functions of pairs, or is
+        role: `convolution`, `batch_norm`, `activation`, `batch_norm_that_stays` or `owner`; the last also for a module that calls functions of pairs, or is
             called between such functions.
         methods: For an owner, names of the methods that run both members of a pair.
     """

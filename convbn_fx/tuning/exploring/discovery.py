@@ -52,6 +52,7 @@ class Discovery:
         explored: The forwards, children first.
         borders: How the forwards begin and end.
         originals: The model's module for each module of the copy that was explored.
+        questions: What the model's code asks about exact classes.
     """
 
     pairs: list[OwnedPair]
@@ -59,6 +60,7 @@ class Discovery:
     explored: list[Explored]
     borders: Borders
     originals: dict[nn.Module, nn.Module]
+    questions: list[Question]
 
 
 def discover(model: nn.Module, include_training: bool = False) -> Discovery:
@@ -115,6 +117,7 @@ def discover(model: nn.Module, include_training: bool = False) -> Discovery:
         explored,
         borders,
         private.originals,
+        [question for _, question in questions],
     )
 
 

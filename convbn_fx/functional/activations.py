@@ -1,0 +1,227 @@
+"""What rewritten graphs and tuned models call for activations, and for batch norms that stay: they save less.
+
+An activation whose output tells its derivative saves the output, which the next convolution saves, too. One that needs
+its input saves that alone: the operator in C++ computes its own input from it again in the backward pass. The same for
+a batch norm that stays, and the activation after it. Values are those of PyTorch's own functions, to the bit.
+
+The operator is what knows of all this. Without it, under a compiler (whose partitioner does the same), in transforms
+and for tensors of other classes, everything runs as it is written.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import handle_torch_function
+
+from convbn_fx import _torch, kinds
+from convbn_fx._torch import has_any_global_hook
+from convbn_fx.functional import native
+from convbn_fx.functional.arithmetic import batch_norm, is_eager, is_plainly_fake
+from convbn_fx.functional.dispatch import (
+    FUNCTIONAL_BATCH_NORM,
+    are_plain,
+    batch_norm_operands,
+    conv_batch_norm,
+    fusible_kind,
+)
+from convbn_fx.operands import Activation, BatchNorm, Convolution
+from convbn_fx.records import SavedLess
+
+#: The functions of PyTorch behind `Activation.kind`, each called as `FUNCTIONS[kind](input, *numbers, inplace=...)`.
+FUNCTIONS: Final[dict[str, Callable[..., Tensor]]] = {
+    "relu": F.relu,
+    "hardtanh": F.hardtanh,
+    "leaky_relu": F.leaky_relu,
+    "elu": F.elu,
+    "hardsigmoid": F.hardsigmoid,
+    "sigmoid": lambda input, inplace: input.sigmoid_() if inplace else torch.sigmoid(input),
+    "tanh": lambda input, inplace: input.tanh_() if inplace else torch.tanh(input),
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+    "gelu": lambda input, inplace: F.gelu(input),
+    "gelu_tanh": lambda input, inplace: F.gelu(input, approximate="tanh"),
+    "mish": F.mish,
+}
+
+
+def activation(function: nn.Module | Activation, input: Tensor, /) -> Tensor:
+    """An activation that saves no more for the backward pass than is saved anyway.
+
+    Args:
+        function: An activation module, or the operands of a functional one.
+        input: Its input, of any shape. Overwritten if the function says so.
+
+    Returns:
+        What calling the module or the function returns.
+
+    Raises:
+        Exception: What the module or the function raises for such an input.
+
+    Example:
+        ```python
+        import torch
+        from convbn_fx.functional import activation
+        from convbn_fx.operands import Activation
+
+        x = torch.randn(2, 8, requires_grad=True)
+        assert torch.equal(activation(torch.nn.SiLU(), x), torch.nn.functional.silu(x))
+        assert torch.equal(activation(Activation("hardtanh", (0.0, 6.0)), x), torch.nn.functional.relu6(x))
+        ```
+    """
+    if isinstance(input, torch.fx.Proxy):  # somebody traces a rewritten graph again (unpickling does): stay one node
+        return handle_torch_function(activation, (input,), function, input)  # type: ignore[no-any-return]
+    output = activated(function, input) if _is_bare(function) else None
+    return plain_activation(function, input) if output is None else output
+
+
+def conv_batch_norm_act(
+    conv: nn.Module | Convolution, norm: nn.Module | BatchNorm, /, *args: Any, **kwargs: Any
+) -> Tensor:
+    """As [`conv_batch_norm`][convbn_fx.functional.conv_batch_norm], for a batch norm of which an activation is part.
+
+    Args:
+        conv: As there.
+        norm: As there; its activation saves no more than is saved anyway.
+        *args: As there.
+        **kwargs: As there.
+
+    Returns:
+        As there.
+
+    Raises:
+        Exception: As there.
+    """
+    kind = None if has_any_global_hook() else fusible_kind(norm)
+    if kind is None or kind.epilogue is None or kind.promotes or not args:
+        return conv_batch_norm(conv, norm, *args, **kwargs)
+    if not (isinstance(args[0], Tensor) and kind.accepts(args[0].ndim)):
+        return conv_batch_norm(conv, norm, *args, **kwargs)
+    normalised = conv_batch_norm(conv, kind.operands(norm), *args, **kwargs)
+    return kind.epilogue(norm, normalised, activation)
+
+
+def batch_norm_that_stays(norm: nn.Module | BatchNorm, input: Tensor, /) -> Tensor:
+    """A batch norm that is in no pair: in Eval mode, whoever is to save its output saves its input instead.
+
+    Args:
+        norm: A batch-norm module, or the operands of a functional one with frozen statistics.
+        input: Its input, of shape (N, C, ...).
+
+    Returns:
+        What calling the module or the function returns.
+
+    Raises:
+        Exception: What the module or the function raises for such an input.
+    """
+    if isinstance(input, torch.fx.Proxy):
+        return handle_torch_function(batch_norm_that_stays, (input,), norm, input)  # type: ignore[no-any-return]
+    output = normalised(norm, input, activation) if _is_bare(norm) else None
+    return batch_norm(norm, input) if output is None else output
+
+
+def activated(function: nn.Module | Activation, input: Any) -> Tensor | None:
+    """What the activation makes of its input, saving less; None where it has to run as it is written."""
+    if not (isinstance(input, Tensor) and input.requires_grad and _is_for_the_operator(input)):
+        return None
+    if not isinstance(function, Activation):
+        kind = kinds.activation_kind(function)
+        operands = None if kind is None else kind.operands(function)
+        if operands is None:
+            return None
+        function = operands
+    name, numbers, inplace = function
+    function = torch.ops.convbn_fx.activation_ if inplace else torch.ops.convbn_fx.activation
+    return function.default(input, name, numbers)  # type: ignore[no-any-return]
+
+
+def normalised(
+    norm: nn.Module | BatchNorm, input: Any, call: Callable[[nn.Module, Tensor], Tensor] = operator.call
+) -> Tensor | None:
+    """What the batch norm makes of its input, saving less; None where it has to run as it is written.
+
+    Args:
+        norm: A module, or the operands of a function.
+        input: Its input.
+        call: What calls the modules that are part of it.
+    """
+    if not (isinstance(input, Tensor) and _is_for_the_operator(input)):
+        return None
+    kind = FUNCTIONAL_BATCH_NORM if isinstance(norm, BatchNorm) else kinds.frozen_kind(norm)
+    if kind is None or kind.promotes or not kind.accepts(input.ndim):
+        return None
+    mean, variance, gamma, beta, eps = batch_norm_operands(norm, kind)
+    if not are_plain(gamma, beta, mean, variance) or mean.requires_grad or variance.requires_grad:
+        return None
+    output = torch.ops.convbn_fx.frozen_batch_norm.default(input, gamma, beta, mean, variance, eps)
+    return output if kind.epilogue is None else kind.epilogue(norm, output, call)
+
+
+def what_is_saved(name: str, function: nn.Module | Activation | BatchNorm) -> SavedLess | None:
+    """The record of an activation, or of a batch norm that stays, that saves less where the operator runs it.
+
+    Args:
+        name: What the record is to call it.
+        function: A module, or the operands of a function.
+
+    Returns:
+        The record; None for what is neither.
+    """
+    if native.operator is None:
+        return None
+    if isinstance(function, BatchNorm):
+        return SavedLess(name, "batch_norm", _RECOMPUTED)
+    if isinstance(function, Activation):
+        return SavedLess(name, function.kind, _saved_by(function))
+    kind = kinds.activation_kind(function)
+    operands = None if kind is None else kind.operands(function)
+    if kind is not None and operands is not None:
+        return SavedLess(name, kind.name, _saved_by(operands))
+    norm = kinds.frozen_kind(function)
+    return None if norm is None or norm.promotes else SavedLess(name, norm.name, _RECOMPUTED)
+
+
+def parts_that_save_less(name: str, norm: nn.Module) -> list[SavedLess]:
+    """The records of the activations that are part of a batch norm of this name."""
+    kind = kinds.batch_norm_kind(norm)
+    if kind is None or kind.epilogue is None:
+        return []
+    found = [what_is_saved(f"{name}.{part}", child) for part, child in norm.named_children()]
+    return [record for record in found if record is not None]
+
+
+def _saved_by(function: Activation) -> str:
+    return _OUTPUT if function.kind in _BY_OUTPUT else _RECOMPUTED
+
+
+_OUTPUT: Final = "saves its output"
+_RECOMPUTED: Final = "saves its input, of which its output is recomputed"
+_BY_OUTPUT: Final = frozenset(
+    {"relu", "hardtanh", "leaky_relu", "elu", "hardsigmoid", "composed_hardsigmoid", "sigmoid", "tanh"}
+)
+
+
+def plain_activation(function: nn.Module | Activation, input: Tensor, /) -> Tensor:
+    """The activation alone: the module called, or PyTorch's function."""
+    if isinstance(function, Activation):
+        return FUNCTIONS[function.kind](input, *function.numbers, inplace=function.inplace)
+    return function(input)  # type: ignore[no-any-return]
+
+
+def _is_bare(function: Any) -> bool:
+    """Whether calling it runs nothing but what it computes."""
+    return not isinstance(function, nn.Module) or not (kinds.has_hooks(function) or has_any_global_hook())
+
+
+def _is_for_the_operator(input: Tensor) -> bool:
+    """Whether an operation on a plain tensor (or one that stands for such, without memory) is recorded and just run."""
+    return (
+        native.operator is not None
+        and torch.is_grad_enabled()
+        and (is_eager(input) or is_plainly_fake(input))
+        and not _torch.is_forward_ad_on()
+        and not _torch.is_jit_tracing()
+    )

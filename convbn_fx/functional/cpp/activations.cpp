@@ -1,0 +1,298 @@
+// Activation functions and batch norms that save what others save anyway.
+//
+// An activation whose output tells its derivative saves the output, which the next convolution saves, too. One that
+// needs its input saves that alone: its output can be computed again (recomputation.h). So can the output of a batch
+// norm that stays. Where nothing trains, nobody saves the output, and a mask of one byte an element tells enough.
+
+#include <ATen/autocast_mode.h>
+#include <torch/library.h>
+
+#include "recomputation.h"
+
+namespace convbn_fx {
+
+namespace {
+
+using torch::autograd::Edge;
+using torch::autograd::get_current_node;
+
+enum class Saves : int64_t { kInput, kOutput, kMask };
+
+struct ActivationFunction : torch::autograd::Function<ActivationFunction> {
+  static Tensor forward(
+      AutogradContext* ctx,
+      Tensor input,
+      const Activation& activation,
+      Saves saves,
+      bool in_place,
+      const Kept& kept,
+      bool is_free) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    Tensor output = input;
+    if (!in_place) {
+      output = activation(input);
+    } else if (is_free) { // its memory has become that of what is kept
+      const Tensor computed = activation(kept.tensors[0]);
+      input.unsafeGetTensorImpl()->set_storage_keep_dtype(computed.storage());
+    } else {
+      activation.in_place(output);
+    }
+    if (in_place) {
+      ctx->mark_dirty({input});
+    }
+    if (saves == Saves::kMask) {
+      ctx->save_for_backward({activation.mask(output)});
+    } else if (kept.tensors.empty()) {
+      ctx->save_for_backward({output});
+    } else {
+      ctx->save_for_backward(kept.tensors);
+      kept.recipe.save(ctx);
+    }
+    ctx->saved_data["activation"] = std::vector<double>{
+        static_cast<double>(activation.kind), activation.a, activation.b, static_cast<double>(saves)};
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grad_outputs) {
+    const c10::impl::ExcludeDispatchKeyGuard without_autocast(c10::autocast_dispatch_keyset);
+    const auto numbers = ctx->saved_data["activation"].toDoubleVector();
+    const Activation activation{static_cast<Kind>(numbers[0]), numbers[1], numbers[2]};
+    const auto saves = static_cast<Saves>(numbers[3]);
+    const variable_list saved = ctx->get_saved_variables();
+    const Recipe recipe = Recipe::saved(ctx);
+    Tensor value = recipe(saved);
+    if (!recipe.is_empty()) {
+      const auto node = get_current_node();
+      value = with_history(value, saves == Saves::kInput ? node->next_edge(0) : Edge(node, 0));
+    }
+    const Tensor& grad = grad_outputs[0];
+    variable_list found(6);
+    if (grad.defined()) {
+      found[0] = saves == Saves::kMask ? activation.backward_by_mask(grad, value) : activation.backward(grad, value);
+    }
+    return found;
+  }
+};
+
+struct FrozenBatchNorm : torch::autograd::Function<FrozenBatchNorm> {
+  static Tensor forward(
+      AutogradContext* ctx,
+      const Tensor& input,
+      const OptionalTensor& weight,
+      const OptionalTensor& bias,
+      const Tensor& mean,
+      const Tensor& var,
+      double eps,
+      const Kept& kept) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    variable_list saved = {weight ? *weight : Tensor(), mean, var};
+    saved.insert(saved.end(), kept.tensors.begin(), kept.tensors.end());
+    ctx->save_for_backward(saved);
+    kept.recipe.save(ctx);
+    ctx->saved_data["eps"] = eps;
+    ctx->saved_data["is_there"] = std::vector<int64_t>{weight.has_value(), bias.has_value()};
+    return BatchNorm{weight, bias, mean, var, eps}(input);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grad_outputs) {
+    const c10::impl::ExcludeDispatchKeyGuard without_autocast(c10::autocast_dispatch_keyset);
+    variable_list found(7);
+    if (!grad_outputs[0].defined()) {
+      return found;
+    }
+    const variable_list saved = ctx->get_saved_variables();
+    const Recipe recipe = Recipe::saved(ctx);
+    Tensor input = recipe(variable_list(saved.begin() + 3, saved.end()));
+    if (!recipe.is_empty()) {
+      input = with_history(input, get_current_node()->next_edge(0));
+    }
+    const auto is_there = ctx->saved_data["is_there"].toIntVector();
+    const bool wants_input = ctx->needs_input_grad(0);
+    size_t edge = 1; // of the tensors that there were
+    const bool wants_weight = is_there[0] && ctx->needs_input_grad(edge++);
+    const bool wants_bias = is_there[1] && ctx->needs_input_grad(edge++);
+    const auto gradients = at::native_batch_norm_backward(
+        grad_outputs[0],
+        input,
+        saved[0].defined() ? OptionalTensor(saved[0]) : OptionalTensor(),
+        saved[1],
+        saved[2],
+        OptionalTensor(),
+        OptionalTensor(),
+        false,
+        ctx->saved_data["eps"].toDouble(),
+        {wants_input, wants_weight, wants_bias});
+    found[0] = std::get<0>(gradients);
+    found[1] = wants_weight ? std::get<1>(gradients) : Tensor();
+    found[2] = wants_bias ? std::get<2>(gradients) : Tensor();
+    return found;
+  }
+};
+
+struct Product : torch::autograd::Function<Product> {
+  static Tensor forward(
+      AutogradContext* ctx, const Tensor& left, const Tensor& right, const Kept& of_left, const Kept& of_right) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    variable_list saved = of_left.tensors;
+    saved.insert(saved.end(), of_right.tensors.begin(), of_right.tensors.end());
+    ctx->save_for_backward(saved);
+    ctx->saved_data["of_left"] = static_cast<int64_t>(of_left.tensors.size());
+    of_left.recipe.save(ctx);
+    return left * right;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grad_outputs) {
+    const c10::impl::ExcludeDispatchKeyGuard without_autocast(c10::autocast_dispatch_keyset);
+    variable_list found(4);
+    const Tensor& grad = grad_outputs[0];
+    if (!grad.defined()) {
+      return found;
+    }
+    const variable_list saved = ctx->get_saved_variables();
+    const auto middle = saved.begin() + ctx->saved_data["of_left"].toInt();
+    const Tensor right = *middle;
+    if (ctx->needs_input_grad(1)) {
+      const Recipe recipe = Recipe::saved(ctx);
+      Tensor left = recipe(variable_list(saved.begin(), middle));
+      if (!recipe.is_empty()) {
+        left = with_history(left, get_current_node()->next_edge(0));
+      }
+      found[1] = (grad * left).sum_to_size(right.sizes());
+    }
+    if (ctx->needs_input_grad(0)) {
+      found[0] = grad * right;
+    }
+    return found;
+  }
+};
+
+bool is_recorded(const Tensor& tensor) {
+  return at::GradMode::is_enabled() && tensor.requires_grad();
+}
+
+} // namespace
+
+bool saves_mask(const torch::autograd::Node& node) {
+  const auto* activation = dynamic_cast<const torch::autograd::CppNode<ActivationFunction>*>(&node);
+  return activation != nullptr &&
+      activation->ctx_.saved_data.at("activation").toDoubleVector()[3] == static_cast<double>(Saves::kMask);
+}
+
+namespace {
+
+// The tensor's values, which an operation in place is about to overwrite, with its history up to now. Where nobody else
+// has a view of the memory, the tensor gets other memory instead of a copy of this.
+Tensor values_of(const Tensor& tensor, bool& is_free) {
+  is_free = is_memory_of_its_own(tensor);
+  if (!is_free) {
+    return tensor.clone();
+  }
+  Tensor values = tensor.variable_data();
+  torch::autograd::impl::set_gradient_edge(values, torch::autograd::impl::gradient_edge(tensor));
+  return values;
+}
+
+Tensor recorded(Tensor input, const Activation& activation, bool in_place) {
+  Kept kept = Origin::keep(input);
+  const bool can_be_recomputed = !kept.recipe.is_empty();
+  auto saves = Saves::kInput;
+  if (activation.by_output()) {
+    saves = Saves::kOutput;
+    if (can_be_recomputed) {
+      kept.recipe = kept.recipe.then(activation);
+    } else {
+      kept = {};
+      if (activation.has_mask() && comes_from_frozen_pairs(input)) {
+        saves = Saves::kMask;
+      } else if (activation.keeps_output_anyway()) {
+        if (!in_place) {
+          return activation(input);
+        }
+        activation.in_place(input);
+        return input;
+      }
+    }
+  }
+  bool is_free = false;
+  if (in_place && saves == Saves::kInput && !can_be_recomputed) {
+    kept.tensors[0] = values_of(input, is_free);
+  }
+  const Tensor output = ActivationFunction::apply(input, activation, saves, in_place, kept, is_free);
+  if (!kept.tensors.empty()) {
+    Origin::set(output, saves == Saves::kInput ? Kept{kept.tensors, kept.recipe.then(activation)} : kept);
+  }
+  return output;
+}
+
+} // namespace
+
+Tensor activation(const Tensor& input, std::string_view kind, at::ArrayRef<double> numbers) {
+  const Activation function{kind_of(kind), numbers.empty() ? 0 : numbers[0], numbers.size() < 2 ? 0 : numbers[1]};
+  return is_recorded(input) ? recorded(input, function, false) : function(input);
+}
+
+Tensor& activation_(Tensor& input, std::string_view kind, at::ArrayRef<double> numbers) {
+  const Activation function{kind_of(kind), numbers.empty() ? 0 : numbers[0], numbers.size() < 2 ? 0 : numbers[1]};
+  // Of a leaf PyTorch's own raises; of a view, it has to write the history of its base.
+  if (is_recorded(input) && !input.is_leaf() && !input.is_view()) {
+    recorded(input, function, true);
+  } else {
+    function.in_place(input);
+  }
+  return input;
+}
+
+Tensor frozen_batch_norm(
+    const Tensor& input,
+    const OptionalTensor& weight,
+    const OptionalTensor& bias,
+    const Tensor& mean,
+    const Tensor& var,
+    double eps) {
+  if (!is_recorded(input) && !(at::GradMode::is_enabled() && (requires_grad(weight) || requires_grad(bias)))) {
+    return BatchNorm{weight, bias, mean, var, eps}(input);
+  }
+  Kept kept = Origin::keep(input);
+  const Tensor output = FrozenBatchNorm::apply(input, weight, bias, mean, var, eps, kept);
+  kept.recipe = kept.recipe.then_batch_norm(eps);
+  kept.tensors.insert(kept.tensors.end(), {weight ? *weight : Tensor(), bias ? *bias : Tensor(), mean, var});
+  Origin::set(output, kept);
+  return output;
+}
+
+Tensor product(const Tensor& left, const Tensor& right) {
+  if (!is_recorded(left) && !is_recorded(right)) {
+    return left * right;
+  }
+  const Kept of_left = Origin::keep(left), of_right{{right}, {}};
+  const Tensor output = Product::apply(left, right, of_left, of_right);
+  Kept kept{of_left.tensors, of_left.recipe.times(of_right.recipe)};
+  kept.tensors.push_back(right);
+  Origin::set(output, kept);
+  return output;
+}
+
+TORCH_LIBRARY_FRAGMENT(convbn_fx, library) {
+  library.def("activation(Tensor input, str kind, float[] numbers) -> Tensor");
+  library.def("activation_(Tensor(a!) input, str kind, float[] numbers) -> Tensor(a!)");
+  library.def(
+      "frozen_batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, float eps) "
+      "-> Tensor");
+  library.def("product(Tensor left, Tensor right) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(convbn_fx, CompositeExplicitAutograd, library) {
+  library.impl("activation", activation);
+  library.impl("activation_", activation_);
+  library.impl("frozen_batch_norm", frozen_batch_norm);
+  library.impl("product", product);
+}
+
+TORCH_LIBRARY_IMPL(convbn_fx, Autograd, library) {
+  library.impl("activation", activation);
+  library.impl("activation_", activation_);
+  library.impl("frozen_batch_norm", frozen_batch_norm);
+  library.impl("product", product);
+}
+
+} // namespace convbn_fx

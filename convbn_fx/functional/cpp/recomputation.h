@@ -1,0 +1,215 @@
+// Tensors that need not be saved, because they can be computed again from what is: exactly as they were.
+//
+// The output of an activation whose derivative needs its input, or of a batch norm that stays, carries its `Origin`:
+// what it was made of, and how. A node that is to save such a tensor saves what is in the origin, which the activation
+// saves anyway, and computes the tensor again in the backward pass.
+
+#pragma once
+
+#include <ATen/SavedTensorHooks.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+
+#include <vector>
+
+#include "activation_kinds.h"
+#include "operands.h"
+
+namespace convbn_fx {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// How a tensor is computed from others: steps on a stack, as a pocket calculator takes them. Without any it is the one
+// tensor there is.
+class Recipe {
+ public:
+  bool is_empty() const {
+    return steps_.empty();
+  }
+
+  Recipe then(const Activation& activation) const {
+    Recipe longer = begun();
+    longer.steps_.push_back(static_cast<int64_t>(activation.kind));
+    longer.numbers_.insert(longer.numbers_.end(), {activation.a, activation.b});
+    return longer;
+  }
+
+  Recipe then_batch_norm(double eps) const {
+    Recipe longer = begun();
+    longer.steps_.push_back(kBatchNorm);
+    longer.numbers_.push_back(eps);
+    return longer;
+  }
+
+  Recipe times(const Recipe& other) const {
+    Recipe longer = begun();
+    const Recipe second = other.begun();
+    longer.steps_.insert(longer.steps_.end(), second.steps_.begin(), second.steps_.end());
+    longer.numbers_.insert(longer.numbers_.end(), second.numbers_.begin(), second.numbers_.end());
+    longer.steps_.push_back(kProduct);
+    return longer;
+  }
+
+  Tensor operator()(const variable_list& tensors) const {
+    if (is_empty()) {
+      return tensors[0];
+    }
+    at::AutoDispatchBelowADInplaceOrView below;
+    std::vector<Tensor> stack;
+    auto tensor = tensors.begin();
+    auto number = numbers_.begin();
+    const auto or_none = [](const Tensor& value) { return value.defined() ? OptionalTensor(value) : OptionalTensor(); };
+    for (const int64_t step : steps_) {
+      if (step == kTensor) {
+        stack.push_back(*tensor++);
+      } else if (step == kBatchNorm) {
+        const BatchNorm norm{or_none(tensor[0]), or_none(tensor[1]), tensor[2], tensor[3], *number++};
+        tensor += 4;
+        stack.back() = norm(stack.back());
+      } else if (step == kProduct) {
+        const Tensor right = stack.back();
+        stack.pop_back();
+        stack.back() = stack.back() * right;
+      } else {
+        stack.back() = Activation{static_cast<Kind>(step), number[0], number[1]}(stack.back());
+        number += 2;
+      }
+    }
+    return stack.back();
+  }
+
+  // As values of PyTorch's, which is all that the context of a node keeps.
+  void save(AutogradContext* ctx) const {
+    if (!is_empty()) {
+      ctx->saved_data["steps"] = steps_;
+      ctx->saved_data["numbers"] = numbers_;
+    }
+  }
+
+  static Recipe saved(AutogradContext* ctx) {
+    Recipe recipe;
+    const auto steps = ctx->saved_data.find("steps");
+    if (steps != ctx->saved_data.end()) {
+      recipe.steps_ = steps->second.toIntVector();
+      recipe.numbers_ = ctx->saved_data["numbers"].toDoubleVector();
+    }
+    return recipe;
+  }
+
+ private:
+  static constexpr int64_t kTensor = -1, kBatchNorm = -2, kProduct = -3; // others are kinds of activations
+
+  Recipe begun() const {
+    Recipe recipe = *this;
+    if (is_empty()) {
+      recipe.steps_.push_back(kTensor);
+    }
+    return recipe;
+  }
+
+  std::vector<int64_t> steps_;
+  std::vector<double> numbers_;
+};
+
+// What a node saves for the sake of one tensor.
+struct Kept {
+  variable_list tensors;
+  Recipe recipe;
+};
+
+// What a tensor was made of. The tensor carries it, as long as it is what it was.
+class Origin : public c10::BackendMeta {
+ public:
+  // Detached from the tensor, or copied with it, it would not be dropped in time.
+  c10::intrusive_ptr<c10::BackendMeta> clone(const c10::intrusive_ptr<c10::BackendMeta>&) const override {
+    return {};
+  }
+
+  static void set(const Tensor& made, const Kept& from) {
+    if (made.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) {
+      return;
+    }
+    auto origin = c10::make_intrusive<Origin>();
+    origin->recipe_ = from.recipe;
+    // The node that made it keeps them alive for as long as is needed, unless hooks take away what nodes save.
+    const bool hooks = at::SavedTensorDefaultHooks::get_hooks().has_value();
+    for (const Tensor& tensor : from.tensors) {
+      origin->tensors_.emplace_back(tensor.defined() ? tensor.getIntrusivePtr() : UndefinedImpl());
+      origin->is_defined_.push_back(tensor.defined());
+      if (hooks) {
+        origin->strong_.push_back(tensor);
+      }
+    }
+    origin->version_ = made._version();
+    origin->storage_ = made.storage().unsafeGetStorageImpl();
+    origin->offset_ = made.storage_offset();
+    origin->sizes_ = made.sizes().vec();
+    origin->strides_ = made.strides().vec();
+    made.unsafeGetTensorImpl()->set_backend_meta(std::move(origin));
+  }
+
+  // What to save for the sake of a tensor: what it was made of, or itself.
+  static Kept keep(const Tensor& tensor) {
+    auto* origin = dynamic_cast<Origin*>(tensor.unsafeGetTensorImpl()->get_backend_meta());
+    Kept kept;
+    if (origin == nullptr || !origin->still_makes(tensor) || !origin->add_tensors(kept.tensors)) {
+      return {{tensor}, {}};
+    }
+    kept.recipe = origin->recipe_;
+    return kept;
+  }
+
+ private:
+  using Weak = c10::weak_intrusive_ptr<at::TensorImpl, at::UndefinedTensorImpl>;
+  static c10::intrusive_ptr<at::TensorImpl, at::UndefinedTensorImpl> UndefinedImpl() {
+    return {};
+  }
+
+  bool still_makes(const Tensor& tensor) const {
+    return tensor._version() == version_ && tensor.storage().unsafeGetStorageImpl() == storage_ &&
+        tensor.storage_offset() == offset_ && tensor.sizes() == IntArrayRef(sizes_) &&
+        tensor.strides() == IntArrayRef(strides_);
+  }
+
+  bool add_tensors(variable_list& found) const {
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      Tensor tensor;
+      if (is_defined_[i]) {
+        auto locked = tensors_[i].lock();
+        if (!locked) {
+          return false;
+        }
+        tensor = Tensor(std::move(locked));
+      }
+      found.push_back(std::move(tensor));
+    }
+    return true;
+  }
+
+  Recipe recipe_;
+  std::vector<Weak> tensors_;
+  std::vector<bool> is_defined_;
+  variable_list strong_;
+  int64_t version_ = 0, offset_ = 0;
+  const c10::StorageImpl* storage_ = nullptr;
+  std::vector<int64_t> sizes_, strides_;
+};
+
+// Gives a tensor that was computed again the history that it had, where operations on it are recorded.
+inline Tensor with_history(Tensor tensor, const torch::autograd::Edge& edge) {
+  if (at::GradMode::is_enabled() && edge.is_valid()) {
+    tensor = tensor.variable_data();
+    torch::autograd::impl::set_gradient_edge(tensor, edge);
+  }
+  return tensor;
+}
+
+// Whether all that has computed the tensor, from the last pairs on, has no parameter that trains: what comes next will
+// hardly have any.
+bool comes_from_frozen_pairs(const Tensor& tensor);
+
+// Whether the node is an activation that saves a mask.
+bool saves_mask(const torch::autograd::Node& node);
+
+} // namespace convbn_fx
