@@ -72,8 +72,10 @@ def activation(function: nn.Module | Activation, input: Tensor, /) -> Tensor:
         assert torch.equal(activation(Activation("hardtanh", (0.0, 6.0)), x), torch.nn.functional.relu6(x))
         ```
     """
-    if isinstance(input, torch.fx.Proxy):  # somebody traces a rewritten graph again (unpickling does): stay one node
-        return handle_torch_function(activation, (input,), function, input)  # type: ignore[no-any-return]
+    if isinstance(
+        input, torch.fx.Proxy
+    ):  # somebody traces a rewritten graph again (unpickling does): stay one node
+        return handle_torch_function(activation, (input,), function, input)
     output = activated(function, input) if _is_bare(function) else None
     return plain_activation(function, input) if output is None else output
 
@@ -118,14 +120,41 @@ def batch_norm_that_stays(norm: nn.Module | BatchNorm, input: Tensor, /) -> Tens
         Exception: What the module or the function raises for such an input.
     """
     if isinstance(input, torch.fx.Proxy):
-        return handle_torch_function(batch_norm_that_stays, (input,), norm, input)  # type: ignore[no-any-return]
+        return handle_torch_function(batch_norm_that_stays, (input,), norm, input)
     output = normalised(norm, input, activation) if _is_bare(norm) else None
     return batch_norm(norm, input) if output is None else output
 
 
+def product(left: Tensor, right: Tensor, /) -> Tensor:
+    """The product of two tensors, such as a feature map and its gate: who is to save it saves the factors instead.
+
+    Args:
+        left: A tensor.
+        right: Another, of a shape that broadcasts.
+
+    Returns:
+        The product.
+
+    Raises:
+        RuntimeError: The shapes do not broadcast.
+    """
+    if isinstance(left, torch.fx.Proxy):
+        return handle_torch_function(product, (left,), left, right)
+    output = multiplied(left, right)
+    return left * right if output is None else output
+
+
+def multiplied(left: Any, right: Any) -> Tensor | None:
+    """The product, saving less; None where it has to be computed as it is written."""
+    for factor in (left, right):
+        if not (isinstance(factor, Tensor) and factor.requires_grad and is_for_the_operator(factor)):
+            return None
+    return torch.ops.convbn_fx.product.default(left, right)  # type: ignore[no-any-return]
+
+
 def activated(function: nn.Module | Activation, input: Any) -> Tensor | None:
     """What the activation makes of its input, saving less; None where it has to run as it is written."""
-    if not (isinstance(input, Tensor) and input.requires_grad and _is_for_the_operator(input)):
+    if not (isinstance(input, Tensor) and input.requires_grad and is_for_the_operator(input)):
         return None
     if not isinstance(function, Activation):
         kind = kinds.activation_kind(function)
@@ -134,8 +163,8 @@ def activated(function: nn.Module | Activation, input: Any) -> Tensor | None:
             return None
         function = operands
     name, numbers, inplace = function
-    function = torch.ops.convbn_fx.activation_ if inplace else torch.ops.convbn_fx.activation
-    return function.default(input, name, numbers)  # type: ignore[no-any-return]
+    run = torch.ops.convbn_fx.activation_ if inplace else torch.ops.convbn_fx.activation
+    return run.default(input, name, numbers)  # type: ignore[no-any-return]
 
 
 def normalised(
@@ -148,7 +177,7 @@ def normalised(
         input: Its input.
         call: What calls the modules that are part of it.
     """
-    if not (isinstance(input, Tensor) and _is_for_the_operator(input)):
+    if not (isinstance(input, Tensor) and is_for_the_operator(input)):
         return None
     kind = FUNCTIONAL_BATCH_NORM if isinstance(norm, BatchNorm) else kinds.frozen_kind(norm)
     if kind is None or kind.promotes or not kind.accepts(input.ndim):
@@ -180,6 +209,8 @@ def what_is_saved(name: str, function: nn.Module | Activation | BatchNorm) -> Sa
     operands = None if kind is None else kind.operands(function)
     if kind is not None and operands is not None:
         return SavedLess(name, kind.name, _saved_by(operands))
+    if kinds.is_gate(function):
+        return SavedLess(name, type(function).__name__, PRODUCT)
     norm = kinds.frozen_kind(function)
     return None if norm is None or norm.promotes else SavedLess(name, norm.name, _RECOMPUTED)
 
@@ -199,6 +230,7 @@ def _saved_by(function: Activation) -> str:
 
 _OUTPUT: Final = "saves its output"
 _RECOMPUTED: Final = "saves its input, of which its output is recomputed"
+PRODUCT: Final = "saves the factors, of which the product is recomputed"
 _BY_OUTPUT: Final = frozenset(
     {"relu", "hardtanh", "leaky_relu", "elu", "hardsigmoid", "composed_hardsigmoid", "sigmoid", "tanh"}
 )
@@ -216,7 +248,7 @@ def _is_bare(function: Any) -> bool:
     return not isinstance(function, nn.Module) or not (kinds.has_hooks(function) or has_any_global_hook())
 
 
-def _is_for_the_operator(input: Tensor) -> bool:
+def is_for_the_operator(input: Tensor) -> bool:
     """Whether an operation on a plain tensor (or one that stands for such, without memory) is recorded and just run."""
     return (
         native.operator is not None

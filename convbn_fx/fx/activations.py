@@ -4,14 +4,23 @@ It matters where a fused pair is near: what these need not save is saved by the 
 """
 
 import numbers
-from typing import Any
+import operator
+from typing import Any, Final
 
+import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
 from convbn_fx import kinds
-from convbn_fx.functional import activation, batch_norm_that_stays, conv_batch_norm, conv_batch_norm_act
-from convbn_fx.functional.activations import parts_that_save_less, what_is_saved
+from convbn_fx.functional import (
+    activation,
+    batch_norm_that_stays,
+    conv_batch_norm,
+    conv_batch_norm_act,
+    gated,
+    product,
+)
+from convbn_fx.functional.activations import PRODUCT, parts_that_save_less, what_is_saved
 from convbn_fx.operands import Activation, BatchNorm
 from convbn_fx.records import SavedLess
 
@@ -64,38 +73,54 @@ def _of_module(node: Node, root: nn.Module) -> _Found | None:
     record = what_is_saved(name, module)
     if record is None:
         return None
-    target = activation if kinds.activation_kind(module) is not None else batch_norm_that_stays
+    target: Any = gated if kinds.is_gate(module) else batch_norm_that_stays
+    if kinds.activation_kind(module) is not None:
+        target = activation
     return target, record, name, inputs[0]
 
 
 def _of_function(node: Node) -> _Found | None:
     if node.op != "call_function":
         return None
-    operands: Activation | BatchNorm[Any] | None
+    if node.target in (operator.mul, torch.mul):
+        return _of_product(node)
+    read = _of_activation if node.target in kinds.ACTIVATION_FUNCTIONS else _of_batch_norm
     try:
-        if node.target in kinds.ACTIVATION_FUNCTIONS:
-            target = activation
-            input, operands = kinds.ACTIVATION_FUNCTIONS[node.target](*node.args, **node.kwargs)
-        elif (row := kinds.BATCH_NORM_FUNCTIONS.get(node.target)) is not None and row.output_index is None:
-            target = batch_norm_that_stays
-            input, training, operands = row.operands(*node.args, **node.kwargs)
-            if training is not False or operands.running_mean is None or operands.running_var is None:
-                return None
-        else:
-            return None
+        found = read(node)
     except TypeError:  # numbers that are computed, arguments that are none of its own
         return None
-    if not isinstance(input, Node) or operands is None or not _is_constant(operands):
+    if found is None or not isinstance(found[2], Node):
         return None
+    target, operands, input = found
     record = what_is_saved(node.name, operands)
     return None if record is None else (target, record, operands, input)
 
 
-def _is_constant(operands: Any) -> bool:
-    """Whether the graph tells an activation's numbers; those of a batch norm may be computed."""
-    if isinstance(operands, BatchNorm):
-        return True
-    return isinstance(operands.inplace, bool) and all(
-        isinstance(number, numbers.Real) for number in operands.numbers
-    )
+def _of_activation(node: Node) -> tuple[Any, Activation, Any] | None:
+    input, operands = kinds.ACTIVATION_FUNCTIONS[node.target](*node.args, **node.kwargs)
+    if operands is None or not isinstance(operands.inplace, bool):
+        return None
+    are_known = all(isinstance(number, numbers.Real) for number in operands.numbers)
+    return (activation, operands, input) if are_known else None
 
+
+def _of_batch_norm(node: Node) -> tuple[Any, BatchNorm[Any], Any] | None:
+    row = kinds.BATCH_NORM_FUNCTIONS.get(node.target)
+    if row is None or row.output_index is not None:
+        return None
+    input, training, operands = row.operands(*node.args, **node.kwargs)
+    if training is not False or operands.running_mean is None or operands.running_var is None:
+        return None
+    return batch_norm_that_stays, operands, input
+
+
+def _of_product(node: Node) -> _Found | None:
+    """A product that a pair or an activation takes: not one of numbers."""
+    left_and_right = [arg for arg in node.args if isinstance(arg, Node)]
+    if len(left_and_right) != 2 or node.kwargs or not any(user.target in _TAKING for user in node.users):
+        return None
+    left, right = left_and_right
+    return product, SavedLess(node.name, "product", PRODUCT), left, right
+
+
+_TAKING: Final = (conv_batch_norm, conv_batch_norm_act, activation, batch_norm_that_stays)

@@ -6,6 +6,7 @@ convolution, or of the batch norm where its operands are computed in between. Mo
 """
 
 import copy
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
@@ -18,6 +19,8 @@ from convbn_fx.functional import (
     batch_norm_that_stays,
     conv_batch_norm,
     conv_batch_norm_act,
+    gated,
+    product,
 )
 from convbn_fx.functional.activations import plain_activation
 from convbn_fx.functional.arithmetic import batch_norm, convolution
@@ -126,6 +129,14 @@ def unfuse(graph_module: GraphModule) -> None:
     graph_module.recompile()
 
 
+#: What saves less, and the same as it was called.
+_ALONE: Final[dict[Callable[..., Any], Callable[..., Any]]] = {
+    activation: plain_activation,
+    batch_norm_that_stays: batch_norm,
+    gated: operator.call,
+}
+
+
 def unfuse_activations(graph_module: GraphModule) -> None:
     """The way back for activations, and for batch norms that stay: calls each as it was called, in place.
 
@@ -133,7 +144,7 @@ def unfuse_activations(graph_module: GraphModule) -> None:
         graph_module: A rewritten graph. Modules, parameters and buffers are not touched.
     """
     graph = graph_module.graph
-    for target, function in ((activation, plain_activation), (batch_norm_that_stays, batch_norm)):
+    for target, function in _ALONE.items():
         for node in graph.find_nodes(op="call_function", target=target):
             operands, *args = node.args
             with graph.inserting_before(node):
@@ -143,8 +154,10 @@ def unfuse_activations(graph_module: GraphModule) -> None:
             graph.erase_node(node)
             if isinstance(operands, Node) and not operands.users:
                 graph.erase_node(operands)
-    for node in graph.find_nodes(op="call_function", target=conv_batch_norm_act):
-        node.target = conv_batch_norm
+    others: tuple[tuple[Any, Any], ...] = ((conv_batch_norm_act, conv_batch_norm), (product, operator.mul))
+    for target, function in others:
+        for node in graph.find_nodes(op="call_function", target=target):
+            node.target = function
     graph.lint()
     graph_module.recompile()
 

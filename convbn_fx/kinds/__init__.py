@@ -20,6 +20,7 @@ from convbn_fx.kinds.classes import (
 from convbn_fx.kinds.functions import BATCH_NORM_FUNCTIONS, CONVOLUTION_FUNCTIONS
 from convbn_fx.kinds.registration import register_activation, register_batch_norm, register_conv
 from convbn_fx.kinds.rows import ActivationKind, BatchNormKind, ConvolutionKind
+from convbn_fx.kinds.third_party import is_gate
 
 __all__ = [
     "ACTIVATION_FUNCTIONS",
@@ -35,6 +36,7 @@ __all__ = [
     "convolution_kind",
     "frozen_kind",
     "has_hooks",
+    "is_gate",
     "may_hold_batch_norm",
     "multiplies_and_adds",
     "register_activation",

@@ -124,7 +124,11 @@ ACTIVATION_FUNCTIONS: Final[dict[object, Reader]] = {
         ((F.relu, torch.relu, aten.relu.default), (torch.relu_, aten.relu_.default), _call("relu")),
         ((F.relu6, aten.relu6.default), (aten.relu6_.default,), _relu6_call),
         ((F.hardtanh, aten.hardtanh.default), (F.hardtanh_, aten.hardtanh_.default), _hardtanh_call),
-        ((F.leaky_relu, aten.leaky_relu.default), (F.leaky_relu_, aten.leaky_relu_.default), _leaky_relu_call),
+        (
+            (F.leaky_relu, aten.leaky_relu.default),
+            (F.leaky_relu_, aten.leaky_relu_.default),
+            _leaky_relu_call,
+        ),
         ((F.elu, aten.elu.default), (F.elu_, aten.elu_.default), _elu_call),
         ((F.hardsigmoid, aten.hardsigmoid.default), (aten.hardsigmoid_.default,), _call("hardsigmoid")),
         (

@@ -126,7 +126,7 @@ def register_activation(
         cls: The class itself; its subclasses are not meant.
         like: A class in the table whose forward `cls` computes, from the same attributes. By default the nearest
             base class of `cls` in the table, if `cls` leaves its forward as it is.
-        operands: Instead of `like`: given the module, returns its [`Activation`][convbn_fx.operands.Activation], or None
+        operands: Instead of `like`: given the module, returns its [`Activation`][convbn_fx.operands.Activation]; None
             where it is to run as it is.
 
     Raises:

@@ -134,6 +134,21 @@ ACTIVATIONS: Final[dict[str, str]] = {
 }
 
 
+#: Qualified names of modules that multiply their input by a gate.
+GATES: Final = (
+    "timm.layers.squeeze_excite.*",
+    "timm.layers.eca.*",
+    "timm.models.*SqueezeExcite*",
+    "torchvision.ops.misc.SqueezeExcitation",
+)
+
+
+def is_gate(module: object) -> bool:
+    """Whether the module's class is one that multiplies its input by a gate."""
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    return any(fnmatchcase(name, pattern) for pattern in GATES)
+
+
 def activation_kind(cls: type) -> str | None:
     """The kind of an activation class that is in the table, else None."""
     name = f"{cls.__module__}.{cls.__qualname__}"

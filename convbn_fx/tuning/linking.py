@@ -139,9 +139,15 @@ def save_less_in(
             continue
         if any(question.is_answered_otherwise({kinds.class_of(module)}) for question in questions):
             continue
-        give_role(module, "activation" if kinds.activation_kind(module) is not None else "batch_norm_that_stays")
+        give_role(module, _role_of(module))
         records.append(record)
     return records
+
+
+def _role_of(module: nn.Module) -> str:
+    if kinds.activation_kind(module) is not None:
+        return "activation"
+    return "gate" if kinds.is_gate(module) else "batch_norm_that_stays"
 
 
 @dataclass

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 from convbn_fx import kinds
 from convbn_fx._torch import BatchNormBase
 from convbn_fx.functional.activations import activated, normalised
+from convbn_fx.functional.gates import with_gated_input
 from convbn_fx.fx.copying import PART_OF_PAIR, derived
 from convbn_fx.tuning.deferred import Deferred, Scope, Uncounted, defer, materialized, running
 from convbn_fx.tuning.function_pairs import while_running
@@ -76,6 +77,14 @@ def _activation_forward(cls: type[nn.Module], name: str) -> Callable[..., Any]:
 
 def _batch_norm_that_stays_forward(cls: type[nn.Module], name: str) -> Callable[..., Any]:
     return _saving_less(cls, name, normalised)
+
+
+def _gate_forward(cls: type[nn.Module], name: str) -> Callable[..., Any]:
+    @functools.wraps(getattr(cls, name))
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return with_gated_input(functools.partial(getattr(cls, name), self), *args, **kwargs)
+
+    return forward
 
 
 def _saving_less(
@@ -154,6 +163,7 @@ _REPLACEMENTS: Final[dict[str, Callable[[type[nn.Module], str], Callable[..., An
     "batch_norm": _batch_norm_forward,
     "activation": _activation_forward,
     "batch_norm_that_stays": _batch_norm_that_stays_forward,
+    "gate": _gate_forward,
     "owner": _owning_method,
 }
 
@@ -163,8 +173,8 @@ def give_role(module: nn.Module, role: str, methods: frozenset[str] = frozenset(
 
     Args:
         module: The module. If it plays the role already, the methods are added.
-        role: `convolution`, `batch_norm`, `activation`, `batch_norm_that_stays` or `owner`; the last also for a module that calls functions of pairs, or is
-            called between such functions.
+        role: `convolution`, `batch_norm`, `activation`, `batch_norm_that_stays`, `gate` or `owner`; the last also for a
+            module that calls functions of pairs, or is called between such functions.
         methods: For an owner, names of the methods that run both members of a pair.
     """
     cls = type(module)

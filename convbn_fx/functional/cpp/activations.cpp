@@ -129,6 +129,7 @@ struct FrozenBatchNorm : torch::autograd::Function<FrozenBatchNorm> {
   }
 };
 
+// Both factors require a gradient, so that each is saved for the other's sake.
 struct Product : torch::autograd::Function<Product> {
   static Tensor forward(
       AutogradContext* ctx, const Tensor& left, const Tensor& right, const Kept& of_left, const Kept& of_right) {
@@ -137,7 +138,8 @@ struct Product : torch::autograd::Function<Product> {
     saved.insert(saved.end(), of_right.tensors.begin(), of_right.tensors.end());
     ctx->save_for_backward(saved);
     ctx->saved_data["of_left"] = static_cast<int64_t>(of_left.tensors.size());
-    of_left.recipe.save(ctx);
+    of_left.recipe.save(ctx, "left");
+    of_right.recipe.save(ctx, "right");
     return left * right;
   }
 
@@ -148,19 +150,21 @@ struct Product : torch::autograd::Function<Product> {
     if (!grad.defined()) {
       return found;
     }
+    const auto node = get_current_node();
     const variable_list saved = ctx->get_saved_variables();
     const auto middle = saved.begin() + ctx->saved_data["of_left"].toInt();
-    const Tensor right = *middle;
-    if (ctx->needs_input_grad(1)) {
-      const Recipe recipe = Recipe::saved(ctx);
-      Tensor left = recipe(variable_list(saved.begin(), middle));
-      if (!recipe.is_empty()) {
-        left = with_history(left, get_current_node()->next_edge(0));
-      }
-      found[1] = (grad * left).sum_to_size(right.sizes());
-    }
+    const auto factor = [&](const std::string& name, size_t edge, variable_list tensors) {
+      const Recipe recipe = Recipe::saved(ctx, name);
+      const Tensor value = recipe(tensors);
+      return recipe.is_empty() ? value : with_history(value, node->next_edge(edge));
+    };
+    const Tensor left = factor("left", 0, variable_list(saved.begin(), middle));
+    const Tensor right = factor("right", 1, variable_list(middle, saved.end()));
     if (ctx->needs_input_grad(0)) {
-      found[0] = grad * right;
+      found[0] = (grad * right).sum_to_size(left.sizes());
+    }
+    if (ctx->needs_input_grad(1)) {
+      found[1] = (grad * left).sum_to_size(right.sizes());
     }
     return found;
   }
@@ -261,13 +265,13 @@ Tensor frozen_batch_norm(
 }
 
 Tensor product(const Tensor& left, const Tensor& right) {
-  if (!is_recorded(left) && !is_recorded(right)) {
+  if (!is_recorded(left) || !is_recorded(right) || left.scalar_type() != right.scalar_type()) {
     return left * right;
   }
-  const Kept of_left = Origin::keep(left), of_right{{right}, {}};
+  const Kept of_left = Origin::keep(left), of_right = Origin::keep(right);
   const Tensor output = Product::apply(left, right, of_left, of_right);
   Kept kept{of_left.tensors, of_left.recipe.times(of_right.recipe)};
-  kept.tensors.push_back(right);
+  kept.tensors.insert(kept.tensors.end(), of_right.tensors.begin(), of_right.tensors.end());
   Origin::set(output, kept);
   return output;
 }

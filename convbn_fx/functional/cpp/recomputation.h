@@ -10,6 +10,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 
+#include <string>
 #include <vector>
 
 #include "activation_kinds.h"
@@ -80,19 +81,19 @@ class Recipe {
   }
 
   // As values of PyTorch's, which is all that the context of a node keeps.
-  void save(AutogradContext* ctx) const {
+  void save(AutogradContext* ctx, const std::string& name = "input") const {
     if (!is_empty()) {
-      ctx->saved_data["steps"] = steps_;
-      ctx->saved_data["numbers"] = numbers_;
+      ctx->saved_data[name + " steps"] = steps_;
+      ctx->saved_data[name + " numbers"] = numbers_;
     }
   }
 
-  static Recipe saved(AutogradContext* ctx) {
+  static Recipe saved(AutogradContext* ctx, const std::string& name = "input") {
     Recipe recipe;
-    const auto steps = ctx->saved_data.find("steps");
+    const auto steps = ctx->saved_data.find(name + " steps");
     if (steps != ctx->saved_data.end()) {
       recipe.steps_ = steps->second.toIntVector();
-      recipe.numbers_ = ctx->saved_data["numbers"].toDoubleVector();
+      recipe.numbers_ = ctx->saved_data[name + " numbers"].toDoubleVector();
     }
     return recipe;
   }

@@ -1,0 +1,69 @@
+"""Squeeze-and-excite modules: their forward runs as it is written, but for the product of its input and a gate."""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, handle_torch_function
+
+from convbn_fx import kinds
+from convbn_fx._torch import has_any_global_hook
+from convbn_fx.functional.activations import is_for_the_operator, multiplied
+
+
+def gated(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    """A module that multiplies its input by a gate: who is to save the product saves the factors instead.
+
+    Args:
+        module: Such as a squeeze-and-excite module.
+        *args: What it is called with.
+        **kwargs: What it is called with.
+
+    Returns:
+        What calling the module returns.
+
+    Raises:
+        Exception: What the module raises.
+    """
+    proxies = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.fx.Proxy)]
+    if proxies:  # somebody traces a rewritten graph again (unpickling does): stay one node
+        return handle_torch_function(gated, proxies, module, *args, **kwargs)
+    if kinds.has_hooks(module) or has_any_global_hook():
+        return module(*args, **kwargs)
+    return with_gated_input(module, *args, **kwargs)
+
+
+def with_gated_input(forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """What a forward makes of its arguments, where products of the first of them save less."""
+    input = args[0] if args else None
+    if not (isinstance(input, Tensor) and input.requires_grad and is_for_the_operator(input)):
+        return forward(*args, **kwargs)
+    with _ProductsOf(input):
+        return forward(*args, **kwargs)
+
+
+class _ProductsOf(TorchFunctionMode):
+    """While it is on, products of the input save less."""
+
+    def __init__(self, input: Tensor) -> None:
+        super().__init__()
+        self.input = input
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func in _PRODUCTS and len(args) == 2 and not kwargs:
+            left, right = args
+            if (left is self.input or right is self.input) and (
+                output := multiplied(left, right)
+            ) is not None:
+                return output
+        return func(*args, **(kwargs or {}))
+
+
+_PRODUCTS: Final = frozenset({torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__})
