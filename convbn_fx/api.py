@@ -110,8 +110,8 @@ def rewritten(
 
 def _fuse(graph_module: GraphModule, include_training: bool, activations: bool) -> None:
     """Rewrites the pairs of one graph in place and files the report."""
-    known = graph_module.meta.get(META_KEY, Report())
-    fused = list(known.fused)
+    unfuse_activations(graph_module)
+    fused = list(graph_module.meta.get(META_KEY, Report()).fused)
     while True:  # the second time round for the skips: they speak of the graph as it is in the end
         matches, skips = find_pairs(graph_module, include_training)
         if not matches:
@@ -119,7 +119,7 @@ def _fuse(graph_module: GraphModule, include_training: bool, activations: bool) 
         rewrite(graph_module, matches)
         fused += [match.pair for match in matches]
     less = save_less(graph_module) if fused and activations else []
-    graph_module.meta[META_KEY] = Report(fused, skips, known.activations + less)
+    graph_module.meta[META_KEY] = Report(fused, skips, less)
 
 
 def _called_graph_modules(graph_module: GraphModule) -> list[tuple[str, torch.fx.GraphModule]]:
@@ -318,7 +318,6 @@ def _deployed(model: Model, names: Iterable[str]) -> Model:
     deployed = clone(model)
     for name, module in list(deployed.named_modules()):
         if isinstance(module, GraphModule) and _is_inside(name, names):
-            unfuse_activations(module)
             _fuse(module, include_training=False, activations=False)
             skips = bake_graph(module)
             left = {skip.batch_norm for skip in skips}

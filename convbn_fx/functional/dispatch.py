@@ -132,7 +132,7 @@ def _are_for_the_operator(
     mean, variance, gamma, beta, _ = norm
     fake = is_plainly_fake(input)
     for tensor in (weight, bias, gamma, beta, mean, variance):
-        if not (tensor is None or type(tensor) in _PLAIN or (fake and type(tensor) is FakeTensor)):
+        if not (tensor is None or (type(tensor) is FakeTensor if fake else type(tensor) in _PLAIN)):
             return False
     if not (fake or is_eager(input)) or _torch.is_forward_ad_on() or norm_kind.promotes:
         return False

@@ -50,6 +50,10 @@ struct Activation {
     return kind <= Kind::kTanh;
   }
 
+  bool is_composed() const {
+    return kind == Kind::kComposedHardsigmoid || kind >= Kind::kComposedSilu;
+  }
+
   // Whether PyTorch's own keeps the output alone.
   bool keeps_output_anyway() const {
     return kind == Kind::kRelu || kind == Kind::kSigmoid || kind == Kind::kTanh;
@@ -146,9 +150,10 @@ struct Activation {
         return at::leaky_relu_backward(grad, value, a, /*self_is_result=*/true);
       case Kind::kElu:
         return at::elu_backward(grad, a, 1, 1, /*is_result=*/true, value);
-      case Kind::kHardsigmoid:
+      case Kind::kHardsigmoid: // with the sixth of PyTorch's own, which is a float for every dtype
+        return at::where(inside(value), grad * static_cast<double>(1.0f / 6.0f), at::zeros({}, grad.options()));
       case Kind::kComposedHardsigmoid:
-        return at::where(value.gt(0).logical_and(value.lt(1)), grad * (1.0 / 6.0), at::zeros({}, grad.options()));
+        return at::where(inside(value), grad / 6.0, at::zeros({}, grad.options()));
       case Kind::kSigmoid:
         return at::sigmoid_backward(grad, value);
       case Kind::kTanh:
@@ -185,6 +190,18 @@ struct Activation {
     TORCH_INTERNAL_ASSERT(false);
   }
 
+  // The gradient of the input of a kind that is told by its output, from the input.
+  Tensor backward_by_input(const Tensor& grad, const Tensor& input) const {
+    switch (kind) {
+      case Kind::kLeakyRelu:
+        return at::leaky_relu_backward(grad, input, a, /*self_is_result=*/false);
+      case Kind::kElu:
+        return at::elu_backward(grad, a, 1, 1, /*is_result=*/false, input);
+      default:
+        return backward(grad, (*this)(input));
+    }
+  }
+
   // Where the derivative is the smaller of its two numbers, of one byte an element.
   Tensor mask(const Tensor& output) const {
     return kind == Kind::kHardtanh ? output.le(a).logical_or_(output.ge(b)) : output.le(0);
@@ -195,6 +212,10 @@ struct Activation {
   }
 
  private:
+  static Tensor inside(const Tensor& output) {
+    return output.gt(0).logical_and_(output.lt(1));
+  }
+
   static Tensor gate(const Tensor& x) {
     return at::hardtanh(x + 3.0, 0, 6).div_(6.0);
   }

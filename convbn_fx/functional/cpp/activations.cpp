@@ -42,8 +42,14 @@ struct ActivationFunction : torch::autograd::Function<ActivationFunction> {
     }
     if (saves == Saves::kMask) {
       ctx->save_for_backward({activation.mask(output)});
-    } else if (kept.tensors.empty()) {
-      ctx->save_for_backward({output});
+    } else if (saves == Saves::kOutput && kept.tensors.empty()) {
+      // Without complaint where it is changed in place later, which is allowed where PyTorch saves the input; then a
+      // witness tells, and the input is computed again.
+      ctx->save_for_backward({output.variable_data()});
+      Tensor witness = at::empty({0}, output.options());
+      witness.unsafeGetTensorImpl()->set_version_counter(output.unsafeGetTensorImpl()->version_counter());
+      ctx->saved_data["witness"] = witness;
+      ctx->saved_data["version"] = static_cast<int64_t>(output._version()) + in_place; // marked as dirty, it gets one more
     } else {
       ctx->save_for_backward(kept.tensors);
       kept.recipe.save(ctx);
@@ -60,16 +66,26 @@ struct ActivationFunction : torch::autograd::Function<ActivationFunction> {
     const auto saves = static_cast<Saves>(numbers[3]);
     const variable_list saved = ctx->get_saved_variables();
     const Recipe recipe = Recipe::saved(ctx);
-    Tensor value = recipe(saved);
-    if (!recipe.is_empty()) {
-      const auto node = get_current_node();
-      value = with_history(value, saves == Saves::kInput ? node->next_edge(0) : Edge(node, 0));
-    }
+    const auto node = get_current_node();
+    const auto witness = ctx->saved_data.find("witness");
+    const bool by_output = saves == Saves::kOutput;
+    const bool is_changed =
+        witness != ctx->saved_data.end() && witness->second.toTensor()._version() != ctx->saved_data["version"].toInt();
     const Tensor& grad = grad_outputs[0];
     variable_list found(6);
-    if (grad.defined()) {
-      found[0] = saves == Saves::kMask ? activation.backward_by_mask(grad, value) : activation.backward(grad, value);
+    if (!grad.defined()) {
+      return found;
     }
+    if (is_changed) {
+      const Tensor input = with_history(computed_again(node->next_edge(0).function.get()), node->next_edge(0));
+      found[0] = activation.backward_by_input(grad, input);
+      return found;
+    }
+    Tensor value = recipe(saved);
+    if (by_output || !recipe.is_empty()) {
+      value = with_history(value, by_output ? Edge(node, 0) : node->next_edge(0));
+    }
+    found[0] = saves == Saves::kMask ? activation.backward_by_mask(grad, value) : activation.backward(grad, value);
     return found;
   }
 };
@@ -196,7 +212,24 @@ Tensor values_of(const Tensor& tensor, bool& is_free) {
   return values;
 }
 
+bool is_autocast_on(const Tensor& tensor) {
+  const auto device = tensor.device().type();
+  return at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device);
+}
+
+// As PyTorch's own, and as it records it.
+Tensor as_ever(Tensor input, const Activation& activation, bool in_place) {
+  if (!in_place) {
+    return activation(input);
+  }
+  activation.in_place(input);
+  return input;
+}
+
 Tensor recorded(Tensor input, const Activation& activation, bool in_place) {
+  if (activation.is_composed() && is_autocast_on(input)) { // which casts for some of the functions
+    return as_ever(input, activation, in_place);
+  }
   Kept kept = Origin::keep(input);
   const bool can_be_recomputed = !kept.recipe.is_empty();
   auto saves = Saves::kInput;
@@ -209,11 +242,12 @@ Tensor recorded(Tensor input, const Activation& activation, bool in_place) {
       if (activation.has_mask() && comes_from_frozen_pairs(input)) {
         saves = Saves::kMask;
       } else if (activation.keeps_output_anyway()) {
-        if (!in_place) {
-          return activation(input);
+        return as_ever(input, activation, in_place);
+      } else if (!can_be_computed_again(input.grad_fn().get())) {
+        if (!activation.has_mask()) {
+          return as_ever(input, activation, in_place);
         }
-        activation.in_place(input);
-        return input;
+        saves = Saves::kMask;
       }
     }
   }

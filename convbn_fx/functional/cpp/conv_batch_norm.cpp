@@ -173,11 +173,14 @@ struct Backward {
 
 // What the backward pass has to know besides tensors, in one list: the context keeps nothing that is no value of PyTorch's.
 struct Numbers {
-  bool is_scaled;
+  bool is_scaled, keeps_output_at_hand; // the latter: what is saved is enough to compute the output again
+  int64_t version_of_beta;
   std::array<bool, 5> is_there; // of input, weight, bias, gamma and beta
   std::vector<at::ScalarType> dtypes; // of weight, bias, gamma and beta
   Geometry geometry;
   std::vector<int64_t> input_size, weight_size;
+
+  static constexpr int64_t kRanks = 9; // where sizes begin
 
   static std::vector<int64_t> of(
       const Geometry& geometry,
@@ -186,10 +189,12 @@ struct Numbers {
       const OptionalTensor& bias,
       const OptionalTensor& gamma,
       const OptionalTensor& beta,
-      bool is_scaled) {
+      bool is_scaled,
+      bool keeps_output_at_hand) {
     std::vector<int64_t> list;
     list.reserve(40);
-    list.insert(list.end(), {is_scaled, geometry.transposed, geometry.groups, static_cast<int64_t>(weight.scalar_type())});
+    list.insert(
+        list.end(), {is_scaled, keeps_output_at_hand, beta ? static_cast<int64_t>(beta->_version()) : 0, geometry.transposed, geometry.groups, static_cast<int64_t>(weight.scalar_type())});
     for (const OptionalTensor* tensor : {&bias, &gamma, &beta}) {
       list.push_back(*tensor ? static_cast<int64_t>((*tensor)->scalar_type()) : -1);
     }
@@ -202,17 +207,18 @@ struct Numbers {
     return list;
   }
 
-  explicit Numbers(const std::vector<int64_t>& list) : is_scaled(list[0] != 0), is_there{true, true} {
-    geometry.transposed = list[1] != 0;
-    geometry.groups = list[2];
+  explicit Numbers(const std::vector<int64_t>& list)
+      : is_scaled(list[0] != 0), keeps_output_at_hand(list[1] != 0), version_of_beta(list[2]), is_there{true, true} {
+    geometry.transposed = list[3] != 0;
+    geometry.groups = list[4];
     for (size_t i = 0; i < 4; ++i) {
-      is_there[i + 1] = list[i + 3] >= 0;
-      dtypes.push_back(is_there[i + 1] ? static_cast<at::ScalarType>(list[i + 3]) : at::kFloat);
+      is_there[i + 1] = list[i + 5] >= 0;
+      dtypes.push_back(is_there[i + 1] ? static_cast<at::ScalarType>(list[i + 5]) : at::kFloat);
     }
     // A rank a size; of a linear layer nothing more.
-    const auto rest = static_cast<int64_t>(list.size()) - 7;
+    const auto rest = static_cast<int64_t>(list.size()) - kRanks;
     const int64_t rank = rest == 4 ? 2 : (rest + 8) / 6;
-    auto next = list.begin() + 7;
+    auto next = list.begin() + kRanks;
     const auto take = [&](int64_t count) {
       const auto begin = next;
       next += count;
@@ -244,21 +250,27 @@ struct ConvBatchNorm : torch::autograd::Function<ConvBatchNorm> {
       bool is_scaled) {
     const bool wants_input = input.requires_grad(), wants_weight = weight.requires_grad(),
                wants_gamma = requires_grad(gamma);
-    const auto or_none = [](const OptionalTensor& tensor) { return tensor ? *tensor : Tensor(); };
+    const auto or_undefined = [](const OptionalTensor& tensor) { return tensor ? *tensor : Tensor(); };
     variable_list saved = {
         wants_input || wants_gamma ? weight : Tensor(),
-        wants_gamma ? or_none(bias) : Tensor(),
-        or_none(gamma),
+        wants_gamma ? or_undefined(bias) : Tensor(),
+        or_undefined(gamma),
         mean,
         var};
-    if (wants_weight || wants_gamma) {
+    const bool keeps_input = wants_weight || wants_gamma;
+    if (keeps_input) {
       const Kept kept = Origin::keep(input);
       kept.recipe.save(ctx);
       saved.insert(saved.end(), kept.tensors.begin(), kept.tensors.end());
     }
     ctx->save_for_backward(saved);
     ctx->saved_data["eps"] = eps;
-    ctx->saved_data["geometry"] = Numbers::of(geometry, input, weight, bias, gamma, beta, is_scaled);
+    const bool keeps_output_at_hand = keeps_input && saved[0].defined() && (wants_gamma || !bias);
+    ctx->saved_data["geometry"] =
+        Numbers::of(geometry, input, weight, bias, gamma, beta, is_scaled, keeps_output_at_hand);
+    if (keeps_output_at_hand && beta) {
+      ctx->saved_data["beta"] = *beta;
+    }
     at::AutoDispatchBelowADInplaceOrView below; // what is returned is no view, whatever the backend does
     const BatchNorm norm{gamma, beta, mean, var, eps};
     return is_scaled ? apart(geometry, input, weight, bias, norm) : folded(geometry, input, weight, bias, norm);
@@ -268,14 +280,10 @@ struct ConvBatchNorm : torch::autograd::Function<ConvBatchNorm> {
     const c10::impl::ExcludeDispatchKeyGuard without_autocast(c10::autocast_dispatch_keyset);
     const variable_list saved = ctx->get_saved_variables();
     const Numbers numbers(ctx->saved_data["geometry"].toIntVector());
-    const auto or_none = [](const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : OptionalTensor(); };
-    Tensor input;
-    if (saved.size() > 5) {
-      const Recipe recipe = Recipe::saved(ctx);
-      input = recipe(variable_list(saved.begin() + 5, saved.end()));
-      if (!recipe.is_empty()) {
-        input = with_history(input, torch::autograd::get_current_node()->next_edge(0));
-      }
+    bool was_recomputed = false;
+    Tensor input = saved_input(ctx, saved, was_recomputed);
+    if (was_recomputed) {
+      input = with_history(input, torch::autograd::get_current_node()->next_edge(0));
     }
     size_t edge = 0; // of the tensors that there were
     std::array<bool, 5> wanted{};
@@ -287,7 +295,7 @@ struct ConvBatchNorm : torch::autograd::Function<ConvBatchNorm> {
         input,
         saved[0],
         or_none(saved[1]),
-        BatchNorm{or_none(saved[2]), OptionalTensor(), saved[3], saved[4], ctx->saved_data["eps"].toDouble()},
+        saved_norm(ctx, saved),
         numbers.input_size,
         numbers.weight_size,
         numbers.dtypes,
@@ -300,13 +308,70 @@ struct ConvBatchNorm : torch::autograd::Function<ConvBatchNorm> {
     found.resize(10); // nothing for what is no parameter
     return found;
   }
+
+  // The output, of which nobody has kept the values.
+  static Tensor computed_again(AutogradContext* ctx) {
+    const c10::impl::ExcludeDispatchKeyGuard without_autocast(c10::autocast_dispatch_keyset);
+    const variable_list saved = ctx->get_saved_variables();
+    const Numbers numbers(ctx->saved_data["geometry"].toIntVector());
+    const auto beta = ctx->saved_data.find("beta");
+    BatchNorm norm = saved_norm(ctx, saved);
+    if (beta != ctx->saved_data.end()) {
+      norm.beta = beta->second.toTensor();
+      TORCH_CHECK(
+          norm.beta->_version() == numbers.version_of_beta,
+          "one of the variables needed for gradient computation has been modified by an inplace operation: the bias of a "
+          "batch norm, after the activation that follows it was changed in place, too");
+    }
+    bool was_recomputed = false;
+    const Tensor input = saved_input(ctx, saved, was_recomputed);
+    return (numbers.is_scaled ? apart : folded)(numbers.geometry, input, saved[0], or_none(saved[1]), norm);
+  }
+
+ private:
+  static OptionalTensor or_none(const Tensor& tensor) {
+    return tensor.defined() ? OptionalTensor(tensor) : OptionalTensor();
+  }
+
+  static BatchNorm saved_norm(AutogradContext* ctx, const variable_list& saved) {
+    return {or_none(saved[2]), OptionalTensor(), saved[3], saved[4], ctx->saved_data["eps"].toDouble()};
+  }
+
+  static Tensor saved_input(AutogradContext* ctx, const variable_list& saved, bool& was_recomputed) {
+    if (saved.size() == 5) {
+      return {};
+    }
+    const Recipe recipe = Recipe::saved(ctx);
+    was_recomputed = !recipe.is_empty();
+    return recipe(variable_list(saved.begin() + 5, saved.end()));
+  }
 };
+
+namespace {
+
+const torch::autograd::CppNode<ConvBatchNorm>* as_pair(const torch::autograd::Node* node) {
+  return dynamic_cast<const torch::autograd::CppNode<ConvBatchNorm>*>(node);
+}
+
+} // namespace
+
+bool can_be_computed_again(const torch::autograd::Node* node) {
+  const auto* pair = as_pair(node);
+  return pair != nullptr && pair->ctx_.saved_data.at("geometry").toIntList()[1] != 0;
+}
+
+Tensor computed_again(const torch::autograd::Node* node) {
+  const auto* pair = as_pair(node);
+  TORCH_INTERNAL_ASSERT(pair != nullptr);
+  at::NoGradGuard no_grad;
+  return ConvBatchNorm::computed_again(const_cast<AutogradContext*>(&pair->ctx_));
+}
 
 bool comes_from_frozen_pairs(const torch::autograd::Node* node, int depth) {
   if (node == nullptr) {
     return false;
   }
-  if (dynamic_cast<const torch::autograd::CppNode<ConvBatchNorm>*>(node)) {
+  if (as_pair(node)) {
     for (size_t i = 1; i < node->num_outputs(); ++i) {
       if (node->next_edge(i).is_valid()) {
         return false;

@@ -131,16 +131,23 @@ class Origin : public c10::BackendMeta {
     if (made.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) {
       return;
     }
+    auto* other = made.unsafeGetTensorImpl()->get_backend_meta();
+    if (other != nullptr && dynamic_cast<Origin*>(other) == nullptr) {
+      return; // a backend has something of its own there
+    }
     auto origin = c10::make_intrusive<Origin>();
     origin->recipe_ = from.recipe;
-    // The node that made it keeps them alive for as long as is needed, unless hooks take away what nodes save.
-    const bool hooks = at::SavedTensorDefaultHooks::get_hooks().has_value();
+    origin->hooks_ = hooks();
     for (const Tensor& tensor : from.tensors) {
-      origin->tensors_.emplace_back(tensor.defined() ? tensor.getIntrusivePtr() : UndefinedImpl());
-      origin->is_defined_.push_back(tensor.defined());
-      if (hooks) {
-        origin->strong_.push_back(tensor);
+      Ingredient ingredient;
+      if (tensor.defined()) {
+        ingredient.is_defined = true;
+        ingredient.weak = Weak(tensor.getIntrusivePtr());
+        ingredient.version = tensor._version();
+        // The node that made it keeps them alive for as long as is needed, unless hooks take away what nodes save.
+        ingredient.strong = origin->hooks_ ? tensor : Tensor();
       }
+      origin->ingredients_.push_back(std::move(ingredient));
     }
     origin->version_ = made._version();
     origin->storage_ = made.storage().unsafeGetStorageImpl();
@@ -154,7 +161,7 @@ class Origin : public c10::BackendMeta {
   static Kept keep(const Tensor& tensor) {
     auto* origin = dynamic_cast<Origin*>(tensor.unsafeGetTensorImpl()->get_backend_meta());
     Kept kept;
-    if (origin == nullptr || !origin->still_makes(tensor) || !origin->add_tensors(kept.tensors)) {
+    if (origin == nullptr || !origin->still_makes(tensor) || !origin->add_unchanged(kept.tensors)) {
       return {{tensor}, {}};
     }
     kept.recipe = origin->recipe_;
@@ -163,25 +170,43 @@ class Origin : public c10::BackendMeta {
 
  private:
   using Weak = c10::weak_intrusive_ptr<at::TensorImpl, at::UndefinedTensorImpl>;
-  static c10::intrusive_ptr<at::TensorImpl, at::UndefinedTensorImpl> UndefinedImpl() {
-    return {};
+  using Hooks = std::optional<std::pair<c10::SafePyObject, c10::SafePyObject>>;
+
+  struct Ingredient {
+    bool is_defined = false;
+    Weak weak{c10::intrusive_ptr<at::TensorImpl, at::UndefinedTensorImpl>()};
+    Tensor strong;
+    int64_t version = 0;
+  };
+
+  // The innermost hooks on saved tensors. What is made inside of a region that is recomputed is known to be made there
+  // again; what comes from outside may come as another tensor.
+  static Hooks hooks() {
+    return at::SavedTensorDefaultHooks::get_hooks();
+  }
+
+  static PyObject* identity(const Hooks& hooks) {
+    return hooks ? hooks->first.ptr(&hooks->first.pyinterpreter()) : nullptr;
   }
 
   bool still_makes(const Tensor& tensor) const {
     return tensor._version() == version_ && tensor.storage().unsafeGetStorageImpl() == storage_ &&
         tensor.storage_offset() == offset_ && tensor.sizes() == IntArrayRef(sizes_) &&
-        tensor.strides() == IntArrayRef(strides_);
+        tensor.strides() == IntArrayRef(strides_) && identity(hooks()) == identity(hooks_);
   }
 
-  bool add_tensors(variable_list& found) const {
-    for (size_t i = 0; i < tensors_.size(); ++i) {
+  bool add_unchanged(variable_list& found) const {
+    for (const Ingredient& ingredient : ingredients_) {
       Tensor tensor;
-      if (is_defined_[i]) {
-        auto locked = tensors_[i].lock();
+      if (ingredient.is_defined) {
+        auto locked = ingredient.weak.lock();
         if (!locked) {
           return false;
         }
         tensor = Tensor(std::move(locked));
+        if (tensor._version() != ingredient.version) {
+          return false;
+        }
       }
       found.push_back(std::move(tensor));
     }
@@ -189,9 +214,8 @@ class Origin : public c10::BackendMeta {
   }
 
   Recipe recipe_;
-  std::vector<Weak> tensors_;
-  std::vector<bool> is_defined_;
-  variable_list strong_;
+  std::vector<Ingredient> ingredients_;
+  Hooks hooks_;
   int64_t version_ = 0, offset_ = 0;
   const c10::StorageImpl* storage_ = nullptr;
   std::vector<int64_t> sizes_, strides_;
@@ -205,6 +229,11 @@ inline Tensor with_history(Tensor tensor, const torch::autograd::Edge& edge) {
   }
   return tensor;
 }
+
+// What a pair has computed, from what its node has saved; undefined where the node is no pair's, or has not saved its
+// input.
+Tensor computed_again(const torch::autograd::Node* node);
+bool can_be_computed_again(const torch::autograd::Node* node);
 
 // Whether all that has computed the tensor, from the last pairs on, has no parameter that trains: what comes next will
 // hardly have any.
