@@ -12,7 +12,7 @@ from convbn_fx import kinds
 from convbn_fx.deploying.baking import Baked, bake, bake_graph
 from convbn_fx.deploying.checking import check_example_inputs, check_outputs
 from convbn_fx.functional import native
-from convbn_fx.fx.activations import save_less
+from convbn_fx.fx.activations import save_as_written, save_less
 from convbn_fx.fx.graph_module import GraphModule, make_plain
 from convbn_fx.fx.matching import find_pairs, hooks_note
 from convbn_fx.fx.notes import compiled_report
@@ -20,7 +20,7 @@ from convbn_fx.fx.pairs import OwnedPair
 from convbn_fx.fx.private_copy import private_copy
 from convbn_fx.fx.rewriting import copied, rewrite, unfuse, unfuse_activations
 from convbn_fx.kinds.modes import batch_norms, selected
-from convbn_fx.records import Report, Skip, SkipReason, without_wrappers
+from convbn_fx.records import Report, SavedLess, Skip, SkipReason, without_wrappers
 from convbn_fx.tuning.cloning import Model, clone, untuned_class
 from convbn_fx.tuning.exploring.discovery import Discovery, Explored, discover
 from convbn_fx.tuning.exploring.exploration import GuessedTensor
@@ -118,7 +118,11 @@ def _fuse(graph_module: GraphModule, include_training: bool, activations: bool) 
             break
         rewrite(graph_module, matches)
         fused += [match.pair for match in matches]
-    less = save_less(graph_module) if fused and activations else []
+    less: list[SavedLess] = []
+    if fused and activations:
+        less = save_less(graph_module)
+    elif fused:
+        save_as_written(graph_module)
     graph_module.meta[META_KEY] = Report(fused, skips, less)
 
 

@@ -14,9 +14,9 @@ from torch.fx import Node
 
 from convbn_fx import kinds
 from convbn_fx._torch import ConvTransposeBase, FakeTensor
-from convbn_fx.functional import conv_batch_norm
 from convbn_fx.functional.arithmetic import output_channels
 from convbn_fx.functional.folding import fold
+from convbn_fx.functional.norms import FUSED
 from convbn_fx.fx.graph_module import GraphModule
 from convbn_fx.fx.pairs import OwnedPair, Refusal
 from convbn_fx.fx.rewriting import BATCH_NORM
@@ -391,7 +391,7 @@ def bake_graph(graph_module: GraphModule) -> list[Skip]:
     folded_away: set[str] = set()
     graph = graph_module.graph
     for node in list(graph.nodes):
-        if node.op != "call_function" or node.target is not conv_batch_norm:
+        if node.op != "call_function" or node.target not in FUSED:
             continue
         names = [str(operand.target) for operand in node.args[:2] if isinstance(operand, Node)]
         try:

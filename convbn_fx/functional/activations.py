@@ -8,7 +8,6 @@ The operator is what knows of all this. Without it, under a compiler (whose part
 and for tensors of other classes, everything runs as it is written.
 """
 
-import operator
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -20,15 +19,8 @@ from torch.overrides import handle_torch_function
 from convbn_fx import _torch, kinds
 from convbn_fx._torch import has_any_global_hook
 from convbn_fx.functional import native
-from convbn_fx.functional.arithmetic import batch_norm, is_eager, is_plainly_fake
-from convbn_fx.functional.dispatch import (
-    FUNCTIONAL_BATCH_NORM,
-    are_plain,
-    batch_norm_operands,
-    conv_batch_norm,
-    fusible_kind,
-)
-from convbn_fx.operands import Activation, BatchNorm, Convolution
+from convbn_fx.functional.arithmetic import is_eager, is_plainly_fake
+from convbn_fx.operands import Activation, BatchNorm
 from convbn_fx.records import SavedLess
 
 #: The functions of PyTorch behind `Activation.kind`, each called as `FUNCTIONS[kind](input, *numbers, inplace=...)`.
@@ -76,53 +68,8 @@ def activation(function: nn.Module | Activation, input: Tensor, /) -> Tensor:
         input, torch.fx.Proxy
     ):  # somebody traces a rewritten graph again (unpickling does): stay one node
         return handle_torch_function(activation, (input,), function, input)
-    output = activated(function, input) if _is_bare(function) else None
+    output = activated(function, input) if is_bare(function) else None
     return plain_activation(function, input) if output is None else output
-
-
-def conv_batch_norm_act(
-    conv: nn.Module | Convolution, norm: nn.Module | BatchNorm, /, *args: Any, **kwargs: Any
-) -> Tensor:
-    """As [`conv_batch_norm`][convbn_fx.functional.conv_batch_norm], for a batch norm of which an activation is part.
-
-    Args:
-        conv: As there.
-        norm: As there; its activation saves no more than is saved anyway.
-        *args: As there.
-        **kwargs: As there.
-
-    Returns:
-        As there.
-
-    Raises:
-        Exception: As there.
-    """
-    kind = None if has_any_global_hook() else fusible_kind(norm)
-    if kind is None or kind.epilogue is None or kind.promotes or not args:
-        return conv_batch_norm(conv, norm, *args, **kwargs)
-    if not (isinstance(args[0], Tensor) and kind.accepts(args[0].ndim)):
-        return conv_batch_norm(conv, norm, *args, **kwargs)
-    normalised = conv_batch_norm(conv, kind.operands(norm), *args, **kwargs)
-    return kind.epilogue(norm, normalised, activation)
-
-
-def batch_norm_that_stays(norm: nn.Module | BatchNorm, input: Tensor, /) -> Tensor:
-    """A batch norm that is in no pair: in Eval mode, whoever is to save its output saves its input instead.
-
-    Args:
-        norm: A batch-norm module, or the operands of a functional one with frozen statistics.
-        input: Its input, of shape (N, C, ...).
-
-    Returns:
-        What calling the module or the function returns.
-
-    Raises:
-        Exception: What the module or the function raises for such an input.
-    """
-    if isinstance(input, torch.fx.Proxy):
-        return handle_torch_function(batch_norm_that_stays, (input,), norm, input)
-    output = normalised(norm, input, activation) if _is_bare(norm) else None
-    return batch_norm(norm, input) if output is None else output
 
 
 def product(left: Tensor, right: Tensor, /) -> Tensor:
@@ -167,28 +114,6 @@ def activated(function: nn.Module | Activation, input: Any) -> Tensor | None:
     return run.default(input, name, numbers)  # type: ignore[no-any-return]
 
 
-def normalised(
-    norm: nn.Module | BatchNorm, input: Any, call: Callable[[nn.Module, Tensor], Tensor] = operator.call
-) -> Tensor | None:
-    """What the batch norm makes of its input, saving less; None where it has to run as it is written.
-
-    Args:
-        norm: A module, or the operands of a function.
-        input: Its input.
-        call: What calls the modules that are part of it.
-    """
-    if not (isinstance(input, Tensor) and is_for_the_operator(input)):
-        return None
-    kind = FUNCTIONAL_BATCH_NORM if isinstance(norm, BatchNorm) else kinds.frozen_kind(norm)
-    if kind is None or kind.promotes or not kind.accepts(input.ndim):
-        return None
-    mean, variance, gamma, beta, eps = batch_norm_operands(norm, kind)
-    if not are_plain(gamma, beta, mean, variance) or mean.requires_grad or variance.requires_grad:
-        return None
-    output = torch.ops.convbn_fx.frozen_batch_norm.default(input, gamma, beta, mean, variance, eps)
-    return output if kind.epilogue is None else kind.epilogue(norm, output, call)
-
-
 def what_is_saved(name: str, function: nn.Module | Activation | BatchNorm) -> SavedLess | None:
     """The record of an activation, or of a batch norm that stays, that saves less where the operator runs it.
 
@@ -224,11 +149,19 @@ def parts_that_save_less(name: str, norm: nn.Module) -> list[SavedLess]:
     return [record for record in found if record is not None]
 
 
+def is_saved_anyway(record: SavedLess) -> bool:
+    """Whether PyTorch's own saves what the record tells, but where nothing trains or its input is recomputed."""
+    return record.saves == _OUTPUT_ANYWAY
+
+
 def _saved_by(function: Activation) -> str:
+    if function.kind in ("relu", "sigmoid", "tanh"):
+        return _OUTPUT_ANYWAY
     return _OUTPUT if function.kind in _BY_OUTPUT else _RECOMPUTED
 
 
-_OUTPUT: Final = "saves its output"
+_OUTPUT_ANYWAY: Final = "saves its output"
+_OUTPUT: Final = "saves its output, not its input"
 _RECOMPUTED: Final = "saves its input, of which its output is recomputed"
 PRODUCT: Final = "saves the factors, of which the product is recomputed"
 _BY_OUTPUT: Final = frozenset(
@@ -243,7 +176,7 @@ def plain_activation(function: nn.Module | Activation, input: Tensor, /) -> Tens
     return function(input)  # type: ignore[no-any-return]
 
 
-def _is_bare(function: Any) -> bool:
+def is_bare(function: Any) -> bool:
     """Whether calling it runs nothing but what it computes."""
     return not isinstance(function, nn.Module) or not (kinds.has_hooks(function) or has_any_global_hook())
 

@@ -17,6 +17,7 @@ from torch.overrides import handle_torch_function
 from convbn_fx import _torch, kinds
 from convbn_fx._torch import FakeTensor, FunctionalTensor, has_any_global_hook
 from convbn_fx.functional import native
+from convbn_fx.functional.activations import activation
 from convbn_fx.functional.arithmetic import (
     batch_norm,
     convolution,
@@ -82,7 +83,7 @@ def conv_batch_norm(
         input, operands = read(*args, **kwargs)
         normalised = normalised_convolution(input, operands, batch_norm_operands(norm, norm_kind), norm_kind)
         if normalised is not None:
-            return with_epilogue(norm, norm_kind, normalised)
+            return with_epilogue(norm, norm_kind, normalised, activation)
         conv, args, kwargs = operands, (input,), {}  # to read them again may change what computes them
     return batch_norm(norm, convolution(conv, *args, **kwargs))
 
@@ -146,9 +147,14 @@ def batch_norm_operands(norm: nn.Module | BatchNorm, norm_kind: BatchNormKind) -
     return norm if isinstance(norm, BatchNorm) else norm_kind.operands(norm)
 
 
-def with_epilogue(norm: nn.Module | BatchNorm, norm_kind: BatchNormKind, normalised: Tensor) -> Tensor:
-    """What calling a batch norm of this kind returns, given its input normalised."""
-    return normalised if norm_kind.epilogue is None else norm_kind.epilogue(norm, normalised)
+def with_epilogue(
+    norm: nn.Module | BatchNorm,
+    norm_kind: BatchNormKind,
+    normalised: Tensor,
+    call: Callable[[nn.Module, Tensor], Tensor],
+) -> Tensor:
+    """What calling a batch norm of this kind returns, given its input normalised, and what calls modules in it."""
+    return normalised if norm_kind.epilogue is None else norm_kind.epilogue(norm, normalised, call)
 
 
 # --- May the modules be bypassed? --------------------------------------------------------------------------------

@@ -4,34 +4,10 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, handle_torch_function
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from convbn_fx import kinds
-from convbn_fx._torch import has_any_global_hook
 from convbn_fx.functional.activations import is_for_the_operator, multiplied
-
-
-def gated(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-    """A module that multiplies its input by a gate: who is to save the product saves the factors instead.
-
-    Args:
-        module: Such as a squeeze-and-excite module.
-        *args: What it is called with.
-        **kwargs: What it is called with.
-
-    Returns:
-        What calling the module returns.
-
-    Raises:
-        Exception: What the module raises.
-    """
-    proxies = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.fx.Proxy)]
-    if proxies:  # somebody traces a rewritten graph again (unpickling does): stay one node
-        return handle_torch_function(gated, proxies, module, *args, **kwargs)
-    if kinds.has_hooks(module) or has_any_global_hook():
-        return module(*args, **kwargs)
-    return with_gated_input(module, *args, **kwargs)
 
 
 def with_gated_input(forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:

@@ -5,24 +5,28 @@ It matters where a fused pair is near: what these need not save is saved by the 
 
 import numbers
 import operator
+from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from convbn_fx import kinds
-from convbn_fx.functional import (
+from convbn_fx.functional import conv_batch_norm
+from convbn_fx.functional.activations import (
+    PRODUCT,
     activation,
-    batch_norm_that_stays,
-    conv_batch_norm,
-    conv_batch_norm_act,
-    gated,
+    is_saved_anyway,
+    parts_that_save_less,
     product,
+    what_is_saved,
 )
-from convbn_fx.functional.activations import PRODUCT, parts_that_save_less, what_is_saved
+from convbn_fx.functional.norms import batch_norm_that_stays, conv_batch_norm_as_written
 from convbn_fx.operands import Activation, BatchNorm
 from convbn_fx.records import SavedLess
+
+_Found = tuple[Any, SavedLess, Any, Node]  # what is to be called, its record, its arguments
 
 
 def save_less(graph_module: GraphModule) -> list[SavedLess]:
@@ -36,33 +40,61 @@ def save_less(graph_module: GraphModule) -> list[SavedLess]:
     """
     graph = graph_module.graph
     records: list[SavedLess] = []
-    for node in graph.find_nodes(op="call_function", target=conv_batch_norm):
-        norm = node.args[1]
-        if isinstance(norm, Node) and norm.op == "get_attr":
-            inside = parts_that_save_less(str(norm.target), graph_module.get_submodule(str(norm.target)))
-            node.target = conv_batch_norm_act if inside else conv_batch_norm
-            records += inside
+    pairs = graph.find_nodes(op="call_function", target=conv_batch_norm)
+    is_frozen = any(
+        not any(tensor.requires_grad for tensor in _tensors_of(graph_module, node)) for node in pairs
+    )
+    for node in pairs:
+        records += _parts(graph_module, node.args[1])
     for node in list(graph.nodes):
         found = _of_module(node, graph_module) if node.op == "call_module" else _of_function(node)
         if found is None:
             continue
-        target, record, operands, input = found
+        target, record, first, input = found
+        if is_saved_anyway(record) and not (is_frozen or input.target in _RECOMPUTED):
+            continue
         with graph.inserting_before(node):
-            first = graph.create_node("get_attr", operands) if isinstance(operands, str) else operands
+            first = graph.create_node("get_attr", first) if isinstance(first, str) else first
             replacement = graph.call_function(target, (first, input))
         replacement.meta = dict(node.meta)
         node.replace_all_uses_with(replacement)
         graph.erase_node(node)
-        records.append(record)
-        if node.op == "call_module":
-            records += parts_that_save_less(str(node.target), graph_module.get_submodule(str(node.target)))
-    if records:
-        graph.lint()
-        graph_module.recompile()
+        records += [record, *_parts(graph_module, first)]
+    graph.lint()
+    graph_module.recompile()
     return records
 
 
-_Found = tuple[Any, SavedLess, Any, Node]
+def save_as_written(graph_module: GraphModule) -> None:
+    """Calls the activations that are part of fused batch norms as they are written, in place.
+
+    Args:
+        graph_module: A graph whose pairs are rewritten. Modules, parameters and buffers are not touched.
+    """
+    for node in graph_module.graph.find_nodes(op="call_function", target=conv_batch_norm):
+        if _parts(graph_module, node.args[1]):
+            node.target = conv_batch_norm_as_written
+    graph_module.recompile()
+
+
+#: What is computed again for whoever is to save it.
+_RECOMPUTED: Final = (activation, batch_norm_that_stays, product)
+
+
+def _parts(root: nn.Module, norm: Any) -> list[SavedLess]:
+    """The records of the activations that are part of a batch norm."""
+    if not (isinstance(norm, Node) and norm.op == "get_attr"):
+        return []
+    module = operator.attrgetter(str(norm.target))(root)
+    return parts_that_save_less(str(norm.target), module) if isinstance(module, nn.Module) else []
+
+
+def _tensors_of(root: nn.Module, pair: Node) -> Iterator[Tensor]:
+    """The tensors that a fused call reads besides its input."""
+    for operand in pair.all_input_nodes:
+        if operand.op == "get_attr":
+            value = operator.attrgetter(str(operand.target))(root)
+            yield from value.parameters() if isinstance(value, nn.Module) else (value,)
 
 
 def _of_module(node: Node, root: nn.Module) -> _Found | None:
@@ -71,11 +103,9 @@ def _of_module(node: Node, root: nn.Module) -> _Found | None:
     if len(inputs) != 1 or not isinstance(inputs[0], Node) or not node.kwargs.keys() <= {"input", "x"}:
         return None
     record = what_is_saved(name, module)
-    if record is None:
+    if record is None or kinds.is_gate(module):
         return None
-    target: Any = gated if kinds.is_gate(module) else batch_norm_that_stays
-    if kinds.activation_kind(module) is not None:
-        target = activation
+    target: Any = activation if kinds.activation_kind(module) is not None else batch_norm_that_stays
     return target, record, name, inputs[0]
 
 
@@ -116,11 +146,11 @@ def _of_batch_norm(node: Node) -> tuple[Any, BatchNorm[Any], Any] | None:
 
 def _of_product(node: Node) -> _Found | None:
     """A product that a pair or an activation takes: not one of numbers."""
-    left_and_right = [arg for arg in node.args if isinstance(arg, Node)]
-    if len(left_and_right) != 2 or node.kwargs or not any(user.target in _TAKING for user in node.users):
+    factors = [arg for arg in node.args if isinstance(arg, Node)]
+    if len(factors) != 2 or node.kwargs or not any(user.target in _TAKING for user in node.users):
         return None
-    left, right = left_and_right
+    left, right = factors
     return product, SavedLess(node.name, "product", PRODUCT), left, right
 
 
-_TAKING: Final = (conv_batch_norm, conv_batch_norm_act, activation, batch_norm_that_stays)
+_TAKING: Final = (conv_batch_norm, activation, batch_norm_that_stays)

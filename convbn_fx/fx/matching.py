@@ -14,8 +14,9 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from convbn_fx import _torch, functional, kinds
+from convbn_fx import _torch, kinds
 from convbn_fx.functional.arithmetic import output_channels
+from convbn_fx.functional.norms import FUSED
 from convbn_fx.fx.pairs import Match, Refusal
 from convbn_fx.kinds import BatchNormKind, ConvolutionKind
 from convbn_fx.operands import BatchNorm, Convolution
@@ -331,7 +332,7 @@ def _may_write(node: Node, root: nn.Module) -> bool:
         except Refusal:
             return True
         return False
-    if node.op == "call_module" or target in _FUSED:
+    if node.op == "call_module" or target in FUSED:
         called = [node] if node.op == "call_module" else node.args[:2]
         modules = [
             _module_of(part, root) for part in called if isinstance(part, Node) and part.op != "call_function"
@@ -339,9 +340,6 @@ def _may_write(node: Node, root: nn.Module) -> bool:
         return not all(_is_known_and_frozen(part) for module in modules for part in module.modules())
     operators = _operators(node)
     return not operators or "out" in node.kwargs or any(_writes(operator, node) for operator in operators)
-
-
-_FUSED: Final = (functional.conv_batch_norm, functional.conv_batch_norm_act)
 
 
 def _operators(node: Node) -> list[Any]:

@@ -14,16 +14,10 @@ from torch.fx import Graph, Node, Proxy
 from torch.fx.node import map_arg
 from torch.fx.proxy import GraphAppendingTracer
 
-from convbn_fx.functional import (
-    activation,
-    batch_norm_that_stays,
-    conv_batch_norm,
-    conv_batch_norm_act,
-    gated,
-    product,
-)
-from convbn_fx.functional.activations import plain_activation
+from convbn_fx.functional import conv_batch_norm
+from convbn_fx.functional.activations import activation, plain_activation, product
 from convbn_fx.functional.arithmetic import batch_norm, convolution
+from convbn_fx.functional.norms import batch_norm_that_stays, conv_batch_norm_as_written
 from convbn_fx.fx.graph_module import GraphModule
 from convbn_fx.fx.pairs import Match
 from convbn_fx.operands import BatchNorm
@@ -133,7 +127,6 @@ def unfuse(graph_module: GraphModule) -> None:
 _ALONE: Final[dict[Callable[..., Any], Callable[..., Any]]] = {
     activation: plain_activation,
     batch_norm_that_stays: batch_norm,
-    gated: operator.call,
 }
 
 
@@ -154,7 +147,10 @@ def unfuse_activations(graph_module: GraphModule) -> None:
             graph.erase_node(node)
             if isinstance(operands, Node) and not operands.users:
                 graph.erase_node(operands)
-    others: tuple[tuple[Any, Any], ...] = ((conv_batch_norm_act, conv_batch_norm), (product, operator.mul))
+    others: tuple[tuple[Any, Any], ...] = (
+        (conv_batch_norm_as_written, conv_batch_norm),
+        (product, operator.mul),
+    )
     for target, function in others:
         for node in graph.find_nodes(op="call_function", target=target):
             node.target = function

@@ -92,7 +92,7 @@ class BatchNormKind:
         promotes: Whether its result is of the type that the input's and the statistics' promote to, where
             `F.batch_norm` gives the input's.
         epilogue: For a class, what its forward does after normalising (an activation, say), given the module, the
-            normalised tensor, and what calls a module that is part of it, if that is not the call itself.
+            normalised tensor, and what calls a module that is part of it.
     """
 
     name: str

@@ -3,7 +3,6 @@
 A class is looked up in these tables when a model that holds it is first seen; its library is imported by then.
 """
 
-import operator
 import sys
 from collections.abc import Callable
 from fnmatch import fnmatchcase
@@ -80,9 +79,7 @@ CONVOLUTIONS: Final[dict[str, tuple[Callable[..., Any], Callable[..., Any]]]] = 
 }
 
 
-def _drop_and_act(
-    module: Any, normalised: Tensor, call: Callable[[nn.Module, Tensor], Tensor] = operator.call
-) -> Tensor:
+def _drop_and_act(module: Any, normalised: Tensor, call: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
     """What timm's norm-and-activation classes do after normalising; converted ones may lack either."""
     for name in ("drop", "act"):
         if hasattr(module, name):

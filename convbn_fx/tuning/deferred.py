@@ -13,6 +13,7 @@ graphs (`backend="convbn"`).
 """
 
 import math
+import operator
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -259,7 +260,7 @@ class Waiting:
         if kind is None or self.autocast != autocast_of(self.input) or not self._is_unchanged():
             return None
         normalised = normalised_convolution(self.input, self.conv, batch_norm_operands(norm, kind), kind)
-        return None if normalised is None else with_epilogue(norm, kind, normalised)
+        return None if normalised is None else with_epilogue(norm, kind, normalised, operator.call)
 
     def materialized(self) -> Tensor:
         """The convolution's own output."""

@@ -6,6 +6,7 @@ convolution may wait when is decided in [`deferred`][convbn_fx.tuning.deferred].
 
 import functools
 import inspect
+import operator
 import types
 import weakref
 from collections.abc import Callable
@@ -17,8 +18,9 @@ from torch.nn.utils import parametrize
 
 from convbn_fx import kinds
 from convbn_fx._torch import BatchNormBase
-from convbn_fx.functional.activations import activated, normalised
+from convbn_fx.functional.activations import activated
 from convbn_fx.functional.gates import with_gated_input
+from convbn_fx.functional.norms import normalised
 from convbn_fx.fx.copying import PART_OF_PAIR, derived
 from convbn_fx.tuning.deferred import Deferred, Scope, Uncounted, defer, materialized, running
 from convbn_fx.tuning.function_pairs import while_running
@@ -76,7 +78,7 @@ def _activation_forward(cls: type[nn.Module], name: str) -> Callable[..., Any]:
 
 
 def _batch_norm_that_stays_forward(cls: type[nn.Module], name: str) -> Callable[..., Any]:
-    return _saving_less(cls, name, normalised)
+    return _saving_less(cls, name, functools.partial(normalised, call=operator.call))
 
 
 def _gate_forward(cls: type[nn.Module], name: str) -> Callable[..., Any]:
