@@ -110,8 +110,10 @@ def rewritten(
 
 def _fuse(graph_module: GraphModule, include_training: bool, activations: bool) -> None:
     """Rewrites the pairs of one graph in place and files the report."""
-    unfuse_activations(graph_module)
-    fused = list(graph_module.meta.get(META_KEY, Report()).fused)
+    if not activations:
+        unfuse_activations(graph_module)
+    known = graph_module.meta.get(META_KEY, Report())
+    fused = list(known.fused)
     while True:  # the second time round for the skips: they speak of the graph as it is in the end
         matches, skips = find_pairs(graph_module, include_training)
         if not matches:
@@ -120,7 +122,7 @@ def _fuse(graph_module: GraphModule, include_training: bool, activations: bool) 
         fused += [match.pair for match in matches]
     less: list[SavedLess] = []
     if fused and activations:
-        less = save_less(graph_module)
+        less = list(dict.fromkeys(known.activations + save_less(graph_module)))
     elif fused:
         save_as_written(graph_module)
     graph_module.meta[META_KEY] = Report(fused, skips, less)

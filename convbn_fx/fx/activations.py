@@ -55,10 +55,8 @@ def save_less(graph_module: GraphModule) -> list[SavedLess]:
             continue
         with graph.inserting_before(node):
             first = graph.create_node("get_attr", first) if isinstance(first, str) else first
-            replacement = graph.call_function(target, (first, input))
-        replacement.meta = dict(node.meta)
-        node.replace_all_uses_with(replacement)
-        graph.erase_node(node)
+        # The same node, so that names stay.
+        node.op, node.target, node.args, node.kwargs = "call_function", target, (first, input), {}
         records += [record, *_parts(graph_module, first)]
     graph.lint()
     graph_module.recompile()

@@ -16,7 +16,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from convbn_fx import _torch, kinds
 from convbn_fx.functional.arithmetic import output_channels
-from convbn_fx.functional.norms import FUSED
+from convbn_fx.functional.dispatch import FUNCTIONAL_BATCH_NORM
+from convbn_fx.functional.norms import FUSED, batch_norm_that_stays
 from convbn_fx.fx.pairs import Match, Refusal
 from convbn_fx.kinds import BatchNormKind, ConvolutionKind
 from convbn_fx.operands import BatchNorm, Convolution
@@ -93,14 +94,25 @@ def _batch_norm_name(node: Node, root: nn.Module) -> str | None:
         return str(node.target)
     if node.op == "call_function" and node.target in kinds.BATCH_NORM_FUNCTIONS:
         return node.name
+    if node.target is batch_norm_that_stays:
+        return _called_batch_norm(node) or node.name
     return None
 
 
+def _called_batch_norm(node: Node) -> str | None:
+    """The batch-norm module that a node calls: itself, or in a graph that was rewritten before."""
+    if node.op == "call_module":
+        return str(node.target)
+    operands = node.args[0] if node.target is batch_norm_that_stays else None
+    return str(operands.target) if isinstance(operands, Node) else None
+
+
 def _match(node: Node, name: str, root: nn.Module, include_training: bool) -> Match:
+    module = _called_batch_norm(node)
     batch_norm = (
-        _batch_norm_module_call(node, _module_of(node, root), include_training)
-        if node.op == "call_module"
-        else _batch_norm_function_call(node)
+        _batch_norm_function_call(node)
+        if module is None
+        else _batch_norm_module_call(node, module, root.get_submodule(module), include_training)
     )
     convolution_node = batch_norm.input
     if not isinstance(convolution_node, Node):
@@ -133,7 +145,9 @@ def _match(node: Node, name: str, root: nn.Module, include_training: bool) -> Ma
     )
 
 
-def _batch_norm_module_call(node: Node, module: nn.Module, include_training: bool) -> _BatchNormCall:
+def _batch_norm_module_call(
+    node: Node, name: str, module: nn.Module, include_training: bool
+) -> _BatchNormCall:
     if isinstance(module, LazyModuleMixin):
         raise Refusal(SkipReason.UNINITIALIZED, type(module).__name__)
     kind = kinds.batch_norm_kind(module)
@@ -143,15 +157,18 @@ def _batch_norm_module_call(node: Node, module: nn.Module, include_training: boo
         raise Refusal(SkipReason.UNKNOWN_BATCH_NORM, type(module).__name__)
     if not kind.has_statistics(module):
         raise Refusal(SkipReason.NO_RUNNING_STATISTICS)
-    match node.args, node.kwargs:
+    match node.args[node.op != "call_module" :], node.kwargs:
         case ((input,), {**rest}) if not rest:
-            return _BatchNormCall(kind, input, str(node.target), False)
+            return _BatchNormCall(kind, input, name, False)
         case ((), {"input": input, **rest}) | ((), {"x": input, **rest}) if not rest:
-            return _BatchNormCall(kind, input, str(node.target), False)
+            return _BatchNormCall(kind, input, name, False)
     raise Refusal(SkipReason.UNUSUAL_CALL, node.format_node() or node.name)
 
 
 def _batch_norm_function_call(node: Node) -> _BatchNormCall:
+    if node.target is batch_norm_that_stays:
+        operands, input = node.args
+        return _BatchNormCall(FUNCTIONAL_BATCH_NORM, input, operands, True)  # type: ignore[arg-type] # of nodes
     kind = kinds.BATCH_NORM_FUNCTIONS[node.target]
     try:
         input, training, operands = kind.operands(*node.args, **node.kwargs)

@@ -142,9 +142,13 @@ def unfuse_activations(graph_module: GraphModule) -> None:
             operands, *args = node.args
             with graph.inserting_before(node):
                 output = _called(graph, function, operands, tuple(args), {})
-            output.meta = dict(node.meta)
-            node.replace_all_uses_with(output)
-            graph.erase_node(node)
+            node.op, node.target, node.args, node.kwargs = (
+                output.op,
+                output.target,
+                output.args,
+                output.kwargs,
+            )
+            graph.erase_node(output)
             if isinstance(operands, Node) and not operands.users:
                 graph.erase_node(operands)
     others: tuple[tuple[Any, Any], ...] = (

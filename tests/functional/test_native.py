@@ -321,12 +321,12 @@ def test_a_build_belongs_to_its_source_and_pytorch(monkeypatch, tmp_path):
     assert native.library() != library
     monkeypatch.undo()
     assert native.library() == library
-    (other := tmp_path / "other.cpp").write_text("int main() {}")
-    monkeypatch.setattr(native, "_SOURCE", other)
+    (tmp_path / "other.cpp").write_text("int main() {}")
+    monkeypatch.setattr(native, "_SOURCES", tmp_path)
     assert native.library() != library
 
 
 def test_tests_build_nothing():
     assert native.operator is not None or os.environ["CONVBN_FX_NATIVE"] == "0"
     tuned_with(prepared(Pair()), 1)
-    assert Path(native._SOURCE).exists()
+    assert list(Path(native._SOURCES).glob("*.cpp"))
