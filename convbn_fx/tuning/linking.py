@@ -135,7 +135,7 @@ def save_less_in(
     records = []
     for name, module in model.named_modules():
         record = what_is_saved(name, module) if is_chosen(name) else None
-        if record is None or kinds.TUNED_FROM in vars(type(module)) or "forward" in vars(module):
+        if record is None or hasattr(type(module), kinds.TUNED_FROM) or "forward" in vars(module):
             continue
         if any(question.is_answered_otherwise({kinds.class_of(module)}) for question in questions):
             continue
