@@ -304,7 +304,7 @@ def _failures_explained() -> Iterator[None]:
             raise
         _give_up(f"{error.filename}: {error.strerror}")
     except ModuleNotFoundError as error:
-        extra = {"distributed": "dask", "joblib": "dask", "ray": "ray"}.get(error.name or "")
+        extra = {"distributed": "dask", "ray": "ray"}.get(error.name or "")
         if extra is None:
             raise
         _give_up(f"{error.name} is not installed: pip install 'convbn-fx[{extra}]'")

@@ -78,11 +78,11 @@ def test_without_the_extra_it_says_what_to_install(missing):
     assert "Traceback" not in done.stderr
 
 
-def test_the_gate_needs_no_pytorch_and_a_report_no_joblib(tmp_path):
+def test_the_gate_needs_no_pytorch_and_a_report_no_dask(tmp_path):
     results.write(tmp_path / "a.csv", [Row(name="timm:a", status=Status.PASS, level=Level.STRUCTURE)])
     for library, arguments in {
         "torch": ["gate", str(tmp_path / "a.csv"), "--expected", str(tmp_path / "a.csv")],
-        "joblib": ["report", "zoo_models:small", "--size", "20"],
+        "distributed": ["report", "zoo_models:small", "--size", "20"],
     }.items():
         done = in_a_process(
             f"import sys; sys.modules[{library!r}] = None; sys.argv[1:] = {arguments}; "

@@ -1,5 +1,6 @@
 """A sweep into a results file: begun or resumed, held against other sweeps, watched while it runs."""
 
+import itertools
 import json
 import math
 import os
@@ -47,27 +48,25 @@ def begin(out: Path, settings: Settings, *, resume: bool = False, retry: bool = 
 
     Raises:
         Unusable: The file is there and is not to be resumed, or its models were measured differently.
-        ResultsError: What is there is no results file.
     """
     if not resume and out.exists() and out.read_bytes() != results.HEADER.encode():
         raise Unusable(f"{out} is there already; go on with it (--resume), or name another file (--out)")
     rows = results.resume(out)
-    record = _record(settings)
-    if rows and (before := _read_record(out)) is not None:
-        for key in record.keys() | before.keys():
-            if record.get(key) != before.get(key):
-                raise Unusable(
-                    f"{out} was begun with {key} {before.get(key)}, not {record.get(key)}; name another file (--out)"
-                )
-    _record_of(out).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    beside, record = out.with_name(f"{out.name}.json"), _record(settings)
+    before = record
+    if rows:
+        with suppress(OSError, ValueError):  # lost, or of a hand-made file: nothing to compare with
+            before = json.loads(beside.read_text(encoding="utf-8"))
+    for key in record.keys() | before.keys():
+        if record.get(key) != before.get(key):
+            raise Unusable(
+                f"{out} was begun with {key} {before.get(key)}, not {record.get(key)}; name another file (--out)"
+            )
+    beside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if retry and any(row.status in RETRIED for row in rows):
         rows = [row for row in rows if row.status not in RETRIED]
         results.write(out, rows)
     return {row.name for row in rows}
-
-
-def _record_of(out: Path) -> Path:
-    return out.with_name(f"{out.name}.json")
 
 
 def _record(settings: Settings) -> dict[str, Any]:
@@ -80,27 +79,9 @@ def _record(settings: Settings) -> dict[str, Any]:
     return {**asdict(settings), "max_parameters": largest, **versions}
 
 
-def _read_record(out: Path) -> dict[str, Any] | None:
-    try:
-        record: dict[str, Any] = json.loads(_record_of(out).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # lost, or of a hand-made file: nothing to compare with
-        return None
-    return record
-
-
 @contextmanager
 def alone_with(out: Path) -> Iterator[None]:
-    """Holds a results file for one sweep.
-
-    Args:
-        out: The file.
-
-    Yields:
-        While no other sweep can hold it.
-
-    Raises:
-        Unusable: Another sweep holds it.
-    """
+    """Holds a results file for one sweep; raises `Unusable` if another one does."""
     out.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out.with_name(f".{out.name}.lock"))
     try:
@@ -117,18 +98,9 @@ def alone_with(out: Path) -> Iterator[None]:
 def fill(
     out: Path, names: list[str], settings: Settings, limits: Limits, cluster: Cluster, console: Console
 ) -> list[Row]:
-    """Measures models and appends their rows to a results file, which is sorted in the end.
+    """Measures the models that a file has no row of yet, each into it as it comes; returns all rows, sorted in the end.
 
-    Args:
-        out: The file, begun.
-        names: The models that have no row yet.
-        settings: How each is measured.
-        limits: What each may take.
-        cluster: Where they run.
-        console: Where progress is shown; models that do not pass are named there.
-
-    Returns:
-        All rows of the file.
+    Models that do not pass are named on the console.
     """
     if names:
         measured = sweep(names, settings, limits, cluster)
@@ -152,13 +124,11 @@ def _progress(console: Console, total: int) -> Iterator[Callable[[Row], None]]:
         TimeRemainingColumn(),
         TextColumn("{task.description}", markup=False),
     )
-    done = 0
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=total)
+        task, count = progress.add_task("", total=total), itertools.count(1)
 
         def advance(row: Row) -> None:
-            nonlocal done
-            done += 1
+            done = next(count)
             if row.status is not Status.PASS:
                 console.print(f"{row.name}: {row.status}: {row.detail}", markup=False)
             if not console.is_terminal and (done % 25 == 0 or done == total):
@@ -169,38 +139,20 @@ def _progress(console: Console, total: int) -> Iterator[Callable[[Row], None]]:
 
 
 def part_of(names: Iterable[str], shard: str) -> list[str]:
-    """Every n-th model: neighbours in a library are of a size, so that the parts take about as long.
-
-    Args:
-        names: All models; one that is named twice counts once.
-        shard: Which part of how many, such as `3/16`.
-
-    Returns:
-        The part's models, in order.
-
-    Raises:
-        Unusable: There is no such part.
-    """
+    """The models of a part, such as `3/16`; one that is named twice counts once."""
     found = re.fullmatch(r"(\d+)/(\d+)", shard)
     part, parts = map(int, found.groups()) if found else (0, 0)
     if not 1 <= part <= parts:
         raise Unusable(f"--shard {shard} makes no sense; give PART/PARTS, such as 3/16, from 1/16 to 16/16")
+    # Neighbours in a library are of a size, so that with every n-th of them the parts take about as long.
     return list(dict.fromkeys(names))[part - 1 :: parts]
 
 
 def memory_share(jobs: int) -> int:
-    """Bytes that each of several jobs may take, so that the machine, or the container, keeps a tenth for itself.
-
-    Args:
-        jobs: How many run side by side.
-
-    Returns:
-        The share.
-    """
+    """Bytes that each of several jobs may take, so that the machine, or the container, keeps a tenth for itself."""
     total = psutil.virtual_memory().total
-    limit = Path("/sys/fs/cgroup/memory.max")
     with suppress(OSError, ValueError):  # no container, or one without a limit
-        total = min(total, int(limit.read_text()))
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return int(0.9 * total / jobs)
 
 
@@ -217,17 +169,7 @@ _UNITS = {"": 10**9, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 
 
 def memory_of(text: str) -> int:
-    """Bytes from words.
-
-    Args:
-        text: Such as `8GB`, `512MiB`, or `8` for GB.
-
-    Returns:
-        The number of bytes.
-
-    Raises:
-        Unusable: It is no amount of memory.
-    """
+    """Bytes from words, such as `8GB`, `512MiB`, or `8` for GB."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     unit = _UNITS.get(found[2].upper()) if found else None
     if found is None or unit is None or float(found[1]) <= 0:

@@ -1,14 +1,14 @@
-"""Many models measured side by side: on this machine, or through joblib on a cluster of Dask or Ray."""
+"""Many models measured side by side: on this machine, or on a cluster of Dask or Ray."""
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import StrEnum
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from threading import Event
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from convbn_fx.cli import Unusable
 from convbn_fx.cli.zoo.isolation import call
@@ -29,21 +29,14 @@ class Backend(StrEnum):
     RAY = "ray"
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What one model may take.
-
-    Attributes:
-        seconds: Wall time.
-        memory: Bytes of resident memory; None for no limit.
-    """
+class Limits(NamedTuple):
+    """What one model may take: seconds of wall time, bytes of resident memory; None for no limit."""
 
     seconds: float | None = 900.0
     memory: int | None = None
 
 
-@dataclass(frozen=True)
-class Cluster:
+class Cluster(NamedTuple):
     """Where the jobs run.
 
     Attributes:
@@ -62,29 +55,20 @@ class ClusterError(Unusable):
 
 
 def sweep(names: Iterable[str], settings: "Settings", limits: Limits, cluster: Cluster) -> Generator[Row]:
-    """Measures models, each in a process of its own.
+    """Measures models, each in a process of its own, and yields their rows as they come, whatever happens to them.
 
-    Whatever happens to a model is a row. Workers that are lost are replaced; the models that they were at are measured
-    again.
-
-    Args:
-        names: The models.
-        settings: How each is measured.
-        limits: What each may take.
-        cluster: Where they run.
-
-    Yields:
-        One row for each model, as they come.
+    Workers that are lost are replaced; the models that they were at are measured again.
 
     Raises:
         ClusterError: The cluster cannot be reached, or its workers break down three times in a row without a new row.
     """
+    job = partial(_row, settings=settings, limits=limits)
     todo = dict.fromkeys(names)
     fruitless = 0
     with _ENGINES[cluster.backend](cluster) as run:
         while todo:
             try:
-                for row in run(_Job(settings, limits), list(todo)):
+                for row in run(job, list(todo)):
                     fruitless = 0
                     del todo[row.name]
                     yield row
@@ -95,28 +79,20 @@ def sweep(names: Iterable[str], settings: "Settings", limits: Limits, cluster: C
                     raise ClusterError(message) from error
 
 
-@dataclass(frozen=True)
-class _Job:
+def _row(name: str, *, settings: "Settings", limits: Limits, stop: Event | None = None) -> Row:
     """What a worker does for one model."""
+    from convbn_fx.cli.zoo.measuring import measure  # and PyTorch
 
-    settings: "Settings"
-    limits: Limits
-
-    def __call__(self, name: str, stop: Event | None = None) -> Row:
-        from convbn_fx.cli.zoo.measuring import measure  # and PyTorch
-
-        began = time.monotonic()
-        limits = self.limits
-        ending = call(
-            measure, name, self.settings, timeout=limits.seconds, memory_limit=limits.memory, stop=stop
-        )
-        row: Row = ending.value
-        if ending.status is not Status.PASS:
-            row = Row(name=name, status=ending.status, level=self.settings.level, detail=ending.detail)
-        return replace(row, seconds=time.monotonic() - began)
+    began = time.monotonic()
+    ending = call(measure, name, settings, timeout=limits.seconds, memory_limit=limits.memory, stop=stop)
+    row: Row = ending.value
+    if ending.status is not Status.PASS:
+        row = Row(name=name, status=ending.status, level=settings.level, detail=ending.detail)
+    return replace(row, seconds=time.monotonic() - began)
 
 
-Runner = Callable[[_Job, Sequence[str]], Iterable[Row]]
+Job = Callable[..., Row]
+Runner = Callable[[Job, Sequence[str]], Iterable[Row]]
 
 
 @contextmanager
@@ -132,47 +108,41 @@ def _local(cluster: Cluster) -> Iterator[Runner]:
 
 @contextmanager
 def _dask(cluster: Cluster) -> Iterator[Runner]:
-    import joblib
-    from distributed import Client
+    from distributed import Client, as_completed
 
     own = {"n_workers": cluster.jobs, "threads_per_worker": 1}
     there = {"address": cluster.address} if cluster.address else own
     try:
-        client = Client(**there, set_as_default=False)
+        client = Client(**there)
     except (OSError, ValueError) as error:
         raise ClusterError(f"no Dask scheduler at {cluster.address or 'hand'}: {error}") from error
     with client:
 
-        def run(job: _Job, names: Sequence[str]) -> Iterator[Row]:
-            with joblib.parallel_config(backend="dask", client=client):
-                parallel = joblib.Parallel(n_jobs=-1, return_as="generator_unordered", batch_size=1)
-                yield from parallel(joblib.delayed(job)(name) for name in names)
+        def run(job: Job, names: Sequence[str]) -> Iterator[Row]:
+            for future in as_completed(client.map(job, names, pure=False)):
+                yield future.result()
 
         yield run
 
 
 @contextmanager
 def _ray(cluster: Cluster) -> Iterator[Runner]:
-    import joblib
     import ray
-    from ray.util.joblib import register_ray
 
     there = {"address": cluster.address} if cluster.address else {"num_cpus": cluster.jobs}
     try:
         ray.init(**there, log_to_driver=False)
     except ConnectionError as error:
         raise ClusterError(f"no Ray cluster at {cluster.address}: {error}") from error
+
+    def run(job: Job, names: Sequence[str]) -> Iterator[Row]:
+        measured = ray.remote(lambda name: job(name))  # noqa: PLW0108 - Ray takes functions alone, no partial
+        left = [measured.remote(name) for name in names]
+        while left:
+            (first,), left = ray.wait(left)
+            yield ray.get(first)
+
     try:
-        register_ray()
-        jobs = int(ray.cluster_resources()["CPU"])
-
-        def run(job: _Job, names: Sequence[str]) -> Iterator[Row]:
-            with joblib.parallel_config(backend="ray", n_jobs=jobs):
-                # Of Ray, the rows come all together or not at all.
-                for first in range(0, len(names), 4 * jobs):
-                    some = names[first : first + 4 * jobs]
-                    yield from joblib.Parallel(batch_size=1)(joblib.delayed(job)(name) for name in some)
-
         yield run
     finally:
         ray.shutdown()

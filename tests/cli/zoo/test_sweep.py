@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -437,6 +438,16 @@ def test_a_cluster_of_two_workers(cluster, tmp_path):
     assert rows.keys() == set(names)
     assert rows.pop("zoo_models:killed").status is Status.CRASH
     assert {name: row.detail for name, row in rows.items() if row.status is not Status.PASS} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("ray") is None, reason="needs Ray")
+def test_a_cluster_of_rays_own(tmp_path):
+    out = tmp_path / "results.csv"
+    names = ["zoo_models:small", "zoo_models:killed", *SLOW[:4]]
+    run("--suite", suite_of(tmp_path, names), "--backend", "ray", "--jobs", 2, "--out", out)
+    found = {row.name: row.status for row in results.read(out)}
+    assert found == dict.fromkeys(names, Status.PASS) | {"zoo_models:killed": Status.CRASH}
 
 
 def test_no_cluster_at_an_address(tmp_path, monkeypatch):
