@@ -112,15 +112,7 @@ class Verdict:
 
 
 def judge(actual: list[Row], expected: list[Row]) -> list[Verdict]:
-    """Holds what was found against what is expected.
-
-    Args:
-        actual: The rows that were found, one a model.
-        expected: The rows of the baseline, one a model.
-
-    Returns:
-        A verdict for every model of either, sorted by name.
-    """
+    """A verdict for every model of either, sorted by name; both have one row a model."""
     found_rows = {row.name: row for row in actual}
     expected_rows = {row.name: row for row in expected}
     return [
@@ -196,17 +188,10 @@ def _move(rule: Rule, expected: float, found: float) -> int:
 
 
 def updated(actual: list[Row], expected: list[Row]) -> list[Row]:
-    """Makes what was found the baseline.
+    """The rows of the new baseline, sorted by name.
 
     A row that passes stays as it is expected, so that noise within the tolerances neither shows in a diff nor adds up
     over many updates. Any other is taken whole, as one measurement, but for its seconds.
-
-    Args:
-        actual: The rows that were found.
-        expected: The rows of the baseline.
-
-    Returns:
-        The rows of the new baseline, sorted by name.
     """
     held = {verdict.name for verdict in judge(actual, expected) if verdict.outcome is Outcome.PASS}
     kept = [row for row in expected if row.name in held]
@@ -217,19 +202,14 @@ def updated(actual: list[Row], expected: list[Row]) -> list[Row]:
 def run(actual: Path, expected: Path, *, update: bool = False, match: str = "*", console: Console) -> int:
     """Judges a results file by a baseline, and says what changed.
 
-    Args:
-        actual: The results file of a sweep.
-        expected: The baseline.
-        update: Whether to write what was found into the baseline, which is made if it is not there. Everything is
-            written, models that got worse included: that is what a reader of the diff decides about.
-        match: Only models whose name, or whose name after the first colon, matches this pattern count.
-        console: Where to print.
+    An update, which makes a baseline that is not there, writes everything, models that got worse included: that is what
+    a reader of the diff decides about.
 
     Returns:
         The exit status: 0 if every model passed or the baseline was updated, 1 if anything changed.
 
     Raises:
-        ResultsError: A file cannot be used, or there is no model to judge; a command exits with 2 for it.
+        ResultsError: A file cannot be used, or there is no model to judge.
     """
     rows = results.read(actual)
     baseline = _baseline(expected, update=update)

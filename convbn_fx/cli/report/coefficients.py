@@ -50,41 +50,17 @@ class Coefficients:
         """Their finite magnitudes, zeros included."""
         return [abs(value) for value in self.values if math.isfinite(value)]
 
-    @property
-    def smallest(self) -> float | None:
-        """The smallest magnitude; None where no coefficient is finite."""
-        return min(self.magnitudes, default=None)
-
-    @property
-    def median(self) -> float | None:
-        """The median of the magnitudes; None where no coefficient is finite."""
-        return median(self.magnitudes) if self.magnitudes else None
-
-    @property
-    def largest(self) -> float | None:
-        """The largest magnitude; None where no coefficient is finite."""
-        return max(self.magnitudes, default=None)
-
-    @property
-    def negative(self) -> int:
-        """How many are negative."""
-        return sum(value < 0 for value in self.values)
-
-    @property
-    def zero(self) -> int:
-        """How many are zero: channels that are always the same."""
-        return sum(value == 0 for value in self.values)
-
     def to_json(self) -> dict[str, Any]:
-        """The summary, without the values."""
+        """How many there are, and their magnitudes in short; None where none is finite."""
+        magnitudes = self.magnitudes
         return {
             "channels": len(self.values),
-            "smallest": self.smallest,
-            "median": self.median,
-            "largest": self.largest,
-            "negative": self.negative,
-            "zero": self.zero,
-            "not_finite": len(self.values) - len(self.magnitudes),
+            "smallest": min(magnitudes, default=None),
+            "median": median(magnitudes) if magnitudes else None,
+            "largest": max(magnitudes, default=None),
+            "negative": sum(value < 0 for value in self.values),
+            "zero": magnitudes.count(0),
+            "not_finite": len(self.values) - len(magnitudes),
         }
 
 
@@ -129,26 +105,15 @@ class Float16Range:
         return {
             "overflows": self.overflows,
             "underflows": self.underflows,
-            "largest_weight": _finite(self.largest_weight),
-            "largest_bias": _finite(self.largest_bias),
+            "largest_weight": self.largest_weight if math.isfinite(self.largest_weight) else None,
+            "largest_bias": self.largest_bias if math.isfinite(self.largest_bias) else None,
             "lost": self.lost,
             "warning": self.warning,
         }
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 def coefficients_of(norm: nn.Module) -> Coefficients | None:
-    """The coefficients of a batch-norm module, frozen ones included.
-
-    Args:
-        norm: The batch norm.
-
-    Returns:
-        Its coefficients; None where its class is unknown, or its tensors hold no values (meta and fake ones).
-    """
+    """The coefficients of a batch norm; None where its class is unknown, or its tensors hold no values."""
     operands = _batch_norm(norm)
     if operands is None:
         return None
@@ -159,10 +124,7 @@ def coefficients_of(norm: nn.Module) -> Coefficients | None:
 def float16_range_of(conv: nn.Module, norm: nn.Module) -> Float16Range | None:
     """Folds a pair of modules in float64 and looks how the result lies in float16's range.
 
-    Args:
-        conv: The convolution, put in Eval mode: a parametrisation may change what it keeps when it is read in Train
-            mode.
-        norm: The batch norm.
+    The convolution is put in Eval mode: a parametrisation may change what it keeps when it is read in Train mode.
 
     Returns:
         The range; None where a class is unknown, the channels differ, or the tensors hold no values.

@@ -10,34 +10,21 @@ from convbn_fx.api import transform
 from convbn_fx.cli import Unusable
 from convbn_fx.fx.tracing import symbolic_trace
 
-
-class CannotDraw(Unusable):
-    """What draws graphs is not installed."""
-
-
 #: The first is text, and needs no Graphviz.
 GRAPH_FORMATS: Final = (".dot", ".png", ".svg", ".pdf")
 
 
-def draw(model: nn.Module, path: str | Path) -> tuple[Path, Path]:
+def draw(model: nn.Module, path: Path) -> tuple[Path, Path]:
     """Draws the graph of a model as it is traced, and as [`transform`][convbn_fx.transform] rewrites it.
 
     Args:
         model: The model, batch norms in Eval mode; it is not run.
-        path: Where to: `graph.svg` gives `graph-before.svg` and `graph-after.svg`. The suffix says in which format:
-            `.dot`, `.png`, `.svg` or `.pdf`.
-
-    Returns:
-        The two files.
+        path: Where to: `graph.svg` gives `graph-before.svg` and `graph-after.svg`, the two files that are returned.
 
     Raises:
-        ValueError: The suffix is another one.
-        CannotDraw: pydot is not installed, or Graphviz, which lays out all but `.dot` files, is not.
+        Unusable: pydot is not installed, or Graphviz, which lays out all but `.dot` files, is not.
         Exception: What [`symbolic_trace`][convbn_fx.symbolic_trace] raises.
     """
-    path = Path(path)
-    if path.suffix.lower() not in GRAPH_FORMATS:
-        raise ValueError(f"draw: cannot write {path.name}; the formats are {', '.join(GRAPH_FORMATS)}")
     before = symbolic_trace(model)
     return _drawn(before, path, "before"), _drawn(transform(before), path, "after")
 
@@ -46,7 +33,7 @@ def _drawn(graph_module: Any, path: Path, which: str) -> Path:
     try:
         drawer = FxGraphDrawer(graph_module, which, ignore_parameters_and_buffers=True)
     except RuntimeError as error:  # what stands in its place without pydot
-        raise CannotDraw("draw: a graph is drawn by pydot: pip install pydot") from error
+        raise Unusable("draw: a graph is drawn by pydot: pip install pydot") from error
     drawing: Any = drawer.get_dot_graph()
     file = path.with_stem(f"{path.stem}-{which}")
     suffix = path.suffix.lower()
@@ -54,6 +41,6 @@ def _drawn(graph_module: Any, path: Path, which: str) -> Path:
         drawing.write(str(file), format="raw" if suffix == ".dot" else suffix[1:])
     except FileNotFoundError as error:
         if file.parent.is_dir():  # then it is `dot` that is not found
-            raise CannotDraw(f"draw: {suffix[1:]} needs Graphviz's dot; install it, or write .dot") from error
+            raise Unusable(f"draw: {suffix[1:]} needs Graphviz's dot; install it, or write .dot") from error
         raise
     return file

@@ -24,7 +24,7 @@ from convbn_fx.cli.zoo.results import in_one_line
 from convbn_fx.fx.side_effects import random_state_as_found
 from convbn_fx.kinds import batch_norm_kind, convolution_kind
 from convbn_fx.kinds.modes import selected
-from convbn_fx.records import Pair, Report, Skip, without_wrappers
+from convbn_fx.records import Pair, Report, without_wrappers
 from convbn_fx.tuning.cloning import clone
 
 
@@ -98,9 +98,8 @@ class Inspection:
         """What is kept outside of the pairs: with theirs it adds up to `saved`."""
         if self.saved is None:
             return None
-        rows = [row.saved.to_json() for row in self.pairs if row.saved is not None]
-        total = self.saved.to_json()
-        return SavedBytes(**{mode: total[mode] - sum(row[mode] for row in rows) for mode in total})
+        rows = [row.saved for row in self.pairs if row.saved is not None]
+        return SavedBytes(*(total - sum(parts) for total, *parts in zip(self.saved, *rows, strict=True)))
 
     @property
     def warnings(self) -> list[tuple[Pair, str]]:
@@ -121,22 +120,21 @@ class Inspection:
             "float16_warnings": len(self.warnings),
             "float16_cure": FLOAT16_CURE,
             "pairs": [row.to_json() for row in self.pairs],
-            "skipped": [_skip_to_json(skip) for skip in self.report.skipped],
+            "skipped": [
+                {
+                    "batch_norm": skip.batch_norm,
+                    "reason": skip.reason.name,
+                    "explanation": skip.reason.value,
+                    "detail": skip.detail,
+                    "cure": skip.reason.cure,
+                }
+                for skip in self.report.skipped
+            ],
         }
 
 
-def _bytes_to_json(saved: SavedBytes | None) -> dict[str, Any]:
-    return dict.fromkeys(("eval", "tune", "deploy")) if saved is None else saved.to_json()
-
-
-def _skip_to_json(skip: Skip) -> dict[str, str]:
-    return {
-        "batch_norm": skip.batch_norm,
-        "reason": skip.reason.name,
-        "explanation": skip.reason.value,
-        "detail": skip.detail,
-        "cure": skip.reason.cure,
-    }
+def _bytes_to_json(saved: SavedBytes | None) -> dict[str, int | None]:
+    return dict.fromkeys(SavedBytes._fields) if saved is None else saved._asdict()
 
 
 def inspect_model(model: nn.Module, inputs: tuple[Any, ...], *, body: str = "") -> Inspection:
@@ -217,12 +215,11 @@ def _members(model: nn.Module, pairs: Iterable[Pair]) -> dict[Pair, tuple[nn.Mod
         if conv is None or norm is None:
             continue
         conv_kind, norm_kind = convolution_kind(conv), batch_norm_kind(norm)
-        # A function's node may have the name of a module.
-        if (
-            conv_kind
-            and norm_kind
-            and (conv_kind.name, norm_kind.name) == (pair.convolution_kind, pair.batch_norm_kind)
-        ):
+        found = (conv_kind and conv_kind.name, norm_kind and norm_kind.name)
+        if found == (
+            pair.convolution_kind,
+            pair.batch_norm_kind,
+        ):  # a function's node may have the name of a module
             members[pair] = conv, norm
     return members
 

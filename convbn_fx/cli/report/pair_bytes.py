@@ -7,10 +7,9 @@ the batch norm's class belongs to the pair.
 import copy
 import sys
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass
 from functools import partial
 from types import FrameType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from torch import nn
 from torch.fx import GraphModule
@@ -22,8 +21,7 @@ from convbn_fx.memory import saved_storages
 from convbn_fx.records import without_wrappers
 
 
-@dataclass(frozen=True)
-class SavedBytes:
+class SavedBytes(NamedTuple):
     """Bytes saved for the backward pass, of a model or of a pair.
 
     Attributes:
@@ -35,10 +33,6 @@ class SavedBytes:
     eval: int
     tune: int
     deploy: int
-
-    def to_json(self) -> dict[str, int]:
-        """Plain types."""
-        return asdict(self)
 
 
 def storages_by_module(

@@ -24,33 +24,20 @@ _BINS: Final = 60
 _LETTERS: Final = 32
 
 
-def plot(inspection: Inspection, path: str | Path) -> None:
+def plot(inspection: Inspection, path: Path) -> None:
     """Draws the memory of each pair in the order of the network, and the histogram of all coefficients.
 
     Args:
         inspection: What `inspect_model` returned.
-        path: Where to; the suffix says in which format: `.png`, `.svg` or `.pdf`.
-
-    Raises:
-        ValueError: The suffix is another one.
+        path: Where to; the suffix is one of `PICTURE_FORMATS`.
     """
-    path = Path(path)
-    if path.suffix.lower() not in PICTURE_FORMATS:
-        raise ValueError(f"plot: cannot write {path.name}; the formats are {', '.join(PICTURE_FORMATS)}")
     with _styled({}):
         metadata = _NO_METADATA if path.suffix.lower() == ".svg" else None
         _figure(inspection, with_heading=True).savefig(path, dpi=150, metadata=metadata)
 
 
 def inline_svg(inspection: Inspection) -> str:
-    """The same picture as an element of an HTML page: on the page's background, in the colour of its text.
-
-    Args:
-        inspection: What `inspect_model` returned.
-
-    Returns:
-        An `<svg>` element; all text in it is escaped.
-    """
+    """The same picture as an `<svg>` element, its text escaped: on a page's background, in the colour of its text."""
     file = StringIO()
     with _styled(dict.fromkeys(_COLORED, _TEXT_COLOR) | {"savefig.transparent": True}):
         _figure(inspection, with_heading=False).savefig(file, format="svg", metadata=_NO_METADATA)
@@ -59,12 +46,8 @@ def inline_svg(inspection: Inspection) -> str:
 
 
 _COLORED: Final = (
-    "text.color",
-    "axes.edgecolor",
-    "axes.labelcolor",
-    "axes.titlecolor",
-    "xtick.color",
-    "ytick.color",
+    *("text.color", "xtick.color", "ytick.color"),
+    *("axes.edgecolor", "axes.labelcolor", "axes.titlecolor"),
 )
 _TEXT_COLOR: Final = "#0a0b0c"  # any colour that is nowhere else
 
@@ -127,10 +110,8 @@ def _draw_memory(axes: Any, inspection: Inspection) -> None:
     ):
         heights = [float(in_unit(count, unit)) for count in counts]
         axes.bar(range(len(rows)), heights, width, color=color, label=label)
-    axes.set_xlim(-0.7, len(rows) - 0.3)
-    axes.set_ylabel(unit)
-    step = math.ceil(len(rows) / _NAMES)
-    named = range(0, len(rows), step)
+    axes.set(xlim=(-0.7, len(rows) - 0.3), ylabel=unit)
+    named = range(0, len(rows), math.ceil(len(rows) / _NAMES))
     names = [_shortened(rows[place][0]) for place in named]
     axes.set_xticks(named, names, rotation=90, fontsize=7, parse_math=False)
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderpad=0, ncols=2)  # beside the title
@@ -147,14 +128,15 @@ def _heading(inspection: Inspection) -> str:
 
 def _draw_coefficients(axes: Any, inspection: Inspection) -> None:
     """The magnitudes on a logarithmic axis, negative ones on top of positive ones."""
+    import numpy as np
+
     values = [value for value in inspection.coefficients.values if math.isfinite(value) and value != 0]
     axes.set_title("Coefficients gamma / sqrt(var + eps): magnitudes")
     if not values:
         _say(axes, "no coefficient is known")
         return
     magnitudes = [abs(value) for value in values]
-    lowest, highest = min(magnitudes) / 3.2, max(magnitudes) * 3.2  # a decade at least
-    edges = [lowest * (highest / lowest) ** (place / _BINS) for place in range(_BINS + 1)]
+    edges = np.geomspace(min(magnitudes) / 3.2, max(magnitudes) * 3.2, _BINS + 1)  # over a decade at least
     positive, negative = [v for v in values if v > 0], [-v for v in values if v < 0]
     axes.hist(
         [positive, negative],
@@ -163,16 +145,14 @@ def _draw_coefficients(axes: Any, inspection: Inspection) -> None:
         color=[_TUNE, _NEGATIVE],
         label=[f"{len(positive)} positive", f"{len(negative)} negative"],
     )
-    axes.set_xscale("log")
-    axes.set_ylabel("channels")
-    zero = inspection.coefficients.zero
+    axes.set(xscale="log", ylabel="channels")
+    zero = inspection.coefficients.to_json()["zero"]
     axes.legend(loc="upper left", title=f"{zero} zero (not shown)" if zero else None)
 
 
 def _say(axes: Any, words: str) -> None:
-    axes.text(
-        0.5, 0.5, words, ha="center", va="center", wrap=True, transform=axes.transAxes, parse_math=False
-    )
+    centred = {"ha": "center", "va": "center", "transform": axes.transAxes}
+    axes.text(0.5, 0.5, words, wrap=True, parse_math=False, **centred)
     axes.set_axis_off()
 
 

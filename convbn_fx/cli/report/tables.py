@@ -1,11 +1,12 @@
 """What a report says, as tables of plain words and numbers: the terminal and the HTML page show the same ones."""
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from convbn_fx.cli.report.coefficients import LARGEST, SMALLEST_NORMAL, Coefficients
+from convbn_fx.cli.report.coefficients import LARGEST, SMALLEST_NORMAL
 from convbn_fx.cli.report.inspection import Inspection
 from convbn_fx.cli.report.pair_bytes import SavedBytes
 from convbn_fx.records import Pair, SkipReason
@@ -18,20 +19,14 @@ WARNINGS_EXPLANATION: Final = (
     "digits. Tune mode is not concerned."
 )
 
+_MODES: Final = ("Eval", "Tune", "Deploy")
 _UNITS: Final = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
 
 
-class Column(NamedTuple):
-    """A column's title, and whether its cells are numbers."""
-
-    title: str
-    is_number: bool = True
-
-
 class Table(NamedTuple):
-    """Cells of text, row by row."""
+    """Cells of text, row by row: words in the first column, numbers in all others."""
 
-    columns: list[Column]
+    columns: list[str]
     rows: list[list[str]]
 
 
@@ -41,24 +36,13 @@ class LeftBatchNorms:
 
     Attributes:
         reason: The reason, with its explanation and cure.
-        batch_norms: Their names, by what exactly stood in the way; the key is empty where the reason says it all.
+        count: How many there are.
+        listed: Their names, one line for all that have what stood in the way in common.
     """
 
     reason: SkipReason
-    batch_norms: dict[str, list[str]]
-
-    @property
-    def count(self) -> int:
-        """How many there are."""
-        return sum(map(len, self.batch_norms.values()))
-
-    @property
-    def listed(self) -> list[str]:
-        """The names, one line for all that have what stood in the way in common."""
-        return [
-            f"{detail}: {', '.join(names)}" if detail else ", ".join(names)
-            for detail, names in self.batch_norms.items()
-        ]
+    count: int
+    listed: list[str]
 
 
 def heading(inspection: Inspection) -> str:
@@ -74,36 +58,33 @@ def uncounted(inspection: Inspection) -> str:
 
 def totals(saved: SavedBytes) -> Table:
     """The bytes of the whole model in each mode."""
-    columns = [Column("mode", is_number=False), Column("saved for backward"), Column("of Eval")]
     unit = unit_of([saved.eval])
     rows = [
         [mode, f"{in_unit(count, unit)} {unit}", share(count, saved.eval)]
-        for mode, count in (("Eval", saved.eval), ("Tune", saved.tune), ("Deploy", saved.deploy))
+        for mode, count in zip(_MODES, saved, strict=True)
     ]
-    return Table(columns, rows)
+    return Table(["mode", "saved for backward", "of Eval"], rows)
 
 
-def pairs(inspection: Inspection) -> Table:
-    """Each pair with its bytes and coefficients."""
-    titles = ("coefficients: smallest", "median", "largest", "negative", "zero")
-    return Table(
-        [Column("pair", is_number=False), *_byte_columns(inspection), *map(Column, titles)],
-        [
-            [together(row.pair), *cells, *_magnitudes(row.coefficients), *_counts(row.coefficients)]
-            for row, cells in zip(inspection.pairs, _byte_cells(inspection), strict=True)
-        ],
-    )
-
-
-def pairs_in_brief(inspection: Inspection) -> Table:
-    """The same for a narrow page: of the coefficients only the smallest, median and largest, in one cell."""
-    return Table(
-        [Column("pair", is_number=False), *_byte_columns(inspection), Column("coefficients")],
-        [
-            [together(row.pair), *cells, " / ".join(_magnitudes(row.coefficients))]
-            for row, cells in zip(inspection.pairs, _byte_cells(inspection), strict=True)
-        ],
-    )
+def pairs(inspection: Inspection, *, brief: bool = False) -> Table:
+    """Each pair with its bytes and coefficients; in brief, these are the smallest, median and largest in one cell."""
+    unit = unit_of(row.saved.eval for row in inspection.pairs if row.saved is not None)
+    with_calls = any(row.calls > 1 for row in inspection.pairs)
+    columns = ["pair", *["calls"] * with_calls, *(f"{mode} {unit}" for mode in _MODES), "of Eval"]
+    full = ["coefficients: smallest", "median", "largest", "negative", "zero"]
+    table = Table([*columns, *(["coefficients"] if brief else full)], [])
+    for row in inspection.pairs:
+        cells = [together(row.pair), *[str(row.calls)] * with_calls]
+        if row.saved is None:
+            cells += [NOTHING] * 4
+        else:
+            cells += [*(in_unit(count, unit) for count in row.saved), share(row.saved.tune, row.saved.eval)]
+        summary = row.coefficients.to_json() if row.coefficients is not None else {}
+        sizes = [summary.get(key) for key in ("smallest", "median", "largest")]
+        magnitudes = [NOTHING if size is None else f"{size:.2g}" for size in sizes]
+        counts = [str(summary.get(key, NOTHING)) for key in ("negative", "zero")]
+        table.rows.append([*cells, *([" / ".join(magnitudes)] if brief else magnitudes + counts)])
+    return table
 
 
 def together(pair: Pair) -> str:
@@ -111,45 +92,6 @@ def together(pair: Pair) -> str:
     parent, _, own = pair.batch_norm.rpartition(".")
     siblings = pair.convolution.rpartition(".")[0] == parent
     return f"{pair.convolution} + {own if siblings else pair.batch_norm}"
-
-
-def _unit(inspection: Inspection) -> str:
-    return unit_of(row.saved.eval for row in inspection.pairs if row.saved is not None)
-
-
-def _run_several_times(inspection: Inspection) -> bool:
-    return any(row.calls > 1 for row in inspection.pairs)
-
-
-def _byte_columns(inspection: Inspection) -> list[Column]:
-    unit = _unit(inspection)
-    calls = [Column("calls")] if _run_several_times(inspection) else []
-    return [*calls, *(Column(f"{mode} {unit}") for mode in ("Eval", "Tune", "Deploy")), Column("of Eval")]
-
-
-def _byte_cells(inspection: Inspection) -> list[list[str]]:
-    unit, with_calls = _unit(inspection), _run_several_times(inspection)
-    cells = []
-    for row in inspection.pairs:
-        calls = [str(row.calls)] if with_calls else []
-        if row.saved is None:
-            cells.append([*calls, *[NOTHING] * 4])
-        else:
-            counts = (row.saved.eval, row.saved.tune, row.saved.deploy)
-            share_of_tune = share(row.saved.tune, row.saved.eval)
-            cells.append([*calls, *(in_unit(count, unit) for count in counts), share_of_tune])
-    return cells
-
-
-def _magnitudes(coefficients: Coefficients | None) -> list[str]:
-    if coefficients is None:
-        return [NOTHING] * 3
-    sizes = (coefficients.smallest, coefficients.median, coefficients.largest)
-    return [NOTHING if size is None else f"{size:.2g}" for size in sizes]
-
-
-def _counts(coefficients: Coefficients | None) -> list[str]:
-    return [NOTHING] * 2 if coefficients is None else [str(coefficients.negative), str(coefficients.zero)]
 
 
 def remarks(inspection: Inspection) -> list[str]:
@@ -165,24 +107,31 @@ def remarks(inspection: Inspection) -> list[str]:
     uncounted = sum(row.saved is None for row in inspection.pairs)
     if uncounted and inspection.saved is not None:
         found.append(f"Without bytes of their own: {uncounted}, functions or not called with these inputs.")
-    every = inspection.coefficients
-    smallest, median, largest = every.smallest, every.median, every.largest
-    if smallest is not None and median is not None and largest is not None:
+    every = inspection.coefficients.to_json()
+    if every["median"] is not None:
         found.append(
-            f"The {len(every.values)} coefficients gamma / sqrt(var + eps) have magnitudes from {smallest:.2g} to "
-            f"{largest:.2g}, median {median:.2g}; {every.negative} are negative, {every.zero} zero."
+            f"The {every['channels']} coefficients gamma / sqrt(var + eps) have magnitudes from "
+            f"{every['smallest']:.2g} to {every['largest']:.2g}, median {every['median']:.2g}; "
+            f"{every['negative']} are negative, {every['zero']} zero."
         )
     return found
 
 
 def refusals(inspection: Inspection) -> list[LeftBatchNorms]:
     """The batch norms that were left, by reason, the most frequent first."""
-    found: dict[SkipReason, LeftBatchNorms] = {}
+    found: dict[SkipReason, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for skip in inspection.report.skipped:
-        refusal = found.setdefault(skip.reason, LeftBatchNorms(skip.reason, {}))
         detail = re.sub(r"_\d+$", "", skip.detail)  # of a node's name, the number says nothing
-        refusal.batch_norms.setdefault(detail, []).append(skip.batch_norm)
-    return sorted(found.values(), key=lambda refusal: -refusal.count)
+        found[skip.reason][detail and f"{detail}: "].append(skip.batch_norm)
+    left = [
+        LeftBatchNorms(
+            reason,
+            sum(map(len, parts.values())),
+            [f"{why}{', '.join(names)}" for why, names in parts.items()],
+        )
+        for reason, parts in found.items()
+    ]
+    return sorted(left, key=lambda refusal: -refusal.count)
 
 
 def warnings(inspection: Inspection) -> list[tuple[str, str]]:

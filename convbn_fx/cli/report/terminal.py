@@ -3,7 +3,6 @@
 Needs rich; the page needs matplotlib and jinja2, too, which are imported when it is written.
 """
 
-from importlib.resources import files
 from pathlib import Path
 
 from rich import box
@@ -19,14 +18,7 @@ from convbn_fx.cli.report.plotting import inline_svg
 
 
 def render(inspection: Inspection) -> RenderableType:
-    """Builds what the terminal shows.
-
-    Args:
-        inspection: What `inspect_model` returned.
-
-    Returns:
-        Something for `rich.print` or a `rich.console.Console`.
-    """
+    """What the terminal shows, for `rich.print` or a `rich.console.Console`."""
     parts: list[RenderableType] = [
         Text(tables.heading(inspection), style="bold"),
         Text(inspection.report.summary),
@@ -36,7 +28,7 @@ def render(inspection: Inspection) -> RenderableType:
     else:
         parts += [Text(), _table(tables.totals(inspection.saved))]
     if inspection.pairs:
-        parts += [Text(), _table(tables.pairs_in_brief(inspection))]
+        parts += [Text(), _table(tables.pairs(inspection, brief=True))]
         parts += [Text(remark, style="dim") for remark in tables.remarks(inspection)]
     for refusal in tables.refusals(inspection):
         parts += [Text(), *_refusal(refusal)]
@@ -64,34 +56,29 @@ def _indented(words: str, style: str = "") -> Padding:
 
 def _table(content: tables.Table) -> Table:
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)
-    for column in content.columns:
-        if column.is_number:
-            title = "\n".join(column.title.rsplit(" ", 1))  # the numbers are narrow
-            table.add_column(Text(title), justify="right", no_wrap=True)
-        else:
-            table.add_column(Text(column.title), overflow="fold")
+    words, *numbers = content.columns
+    table.add_column(Text(words), overflow="fold")
+    for column in numbers:
+        title = "\n".join(column.rsplit(" ", 1))  # the numbers are narrow
+        table.add_column(Text(title), justify="right", no_wrap=True)
     for row in content.rows:
         table.add_row(*map(Text, row))
     return table
 
 
 def write_html(inspection: Inspection, path: str | Path) -> None:
-    """Writes a page that needs nothing but itself: the tables, and the picture inside of it.
-
-    Args:
-        inspection: What `inspect_model` returned.
-        path: Where to.
-    """
-    from jinja2 import Environment, StrictUndefined
+    """Writes a page that needs nothing but itself: the tables, and the picture inside of it."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("convbn_fx.cli.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    template = environment.from_string(
-        (files("convbn_fx.cli.report") / "report.html").read_text(encoding="utf-8")
-    )
-    page = template.render(
+    page = environment.get_template("report.html").render(
         heading=tables.heading(inspection),
         summary=inspection.report.summary,
         totals=None if inspection.saved is None else tables.totals(inspection.saved),

@@ -5,6 +5,7 @@ user's own, looked for in the current directory too.
 """
 
 import importlib
+import operator
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -22,11 +23,7 @@ USUAL_SIDE = 224
 
 
 class UnknownModel(Unusable):
-    """A name is not that of a model; the message says what it could be."""
-
-
-class UnknownSuite(Unusable):
-    """A suite is neither a library nor a readable file; the message says what it could be."""
+    """A name is not that of a model, or of a suite of them; the message says what it could be."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +54,9 @@ class Subject:
         return self.examples is None
 
     def inputs(self, batch: int, side: int | None = None) -> tuple[Any, ...]:
-        """Inputs that hold no memory, whatever their size; or the user's own examples.
+        """Batches of images, as high and wide as told or as the model's own, that hold no memory; or the examples.
 
-        Args:
-            batch: How many images.
-            side: Their height and width in pixels; the model's own by default.
-
-        Returns:
-            One float32 tensor for each positional argument, on the CPU, or on the meta device if that is the default.
+        They are float32, on the CPU, or on the meta device if that is the default.
         """
         if self.examples is not None:
             return self.examples
@@ -76,9 +68,10 @@ def load(name: str, *, pretrained: bool = False, built_for: int | None = None) -
     """Builds a model by its name.
 
     Args:
-        name: `timm:NAME`, `torchvision:NAME` or `package.module:factory`. A factory is called without arguments (and
-            with `pretrained=True` if that is asked for); it returns a model, or a model and a tuple of its inputs.
-        pretrained: Load the library's trained weights; they are downloaded unless they are there.
+        name: `timm:NAME`, `torchvision:NAME` or `package.module:factory`. A factory is called without arguments, and
+            returns a model, or a model and a tuple of its inputs.
+        pretrained: Load the library's trained weights, which are downloaded unless they are there; a factory is
+            called with `pretrained=True`.
         built_for: Height and width of other images than its own that a model of timm's is built for.
 
     Returns:
@@ -114,15 +107,15 @@ def _torchvision(name: str, architecture: str, pretrained: bool) -> Subject:
     torchvision = _library("torchvision")
     if architecture not in torchvision.models.list_models():
         raise UnknownModel(_unknown(name, architecture, torchvision.models.list_models()))
-    weights = "DEFAULT" if pretrained else None
     builder = torchvision.models.get_model_builder(architecture)
     package, _, module = builder.__module__.removeprefix("torchvision.models.").rpartition(".")
     # A backbone is trained apart and would be downloaded, too.
-    apart = {} if pretrained or package not in {"detection", "segmentation"} else {"weights_backbone": None}
-    initialised = (
-        {"init_weights": True} if architecture in {"googlenet", "inception_v3"} and not pretrained else {}
-    )
-    model = builder(weights=weights, **apart, **initialised).eval()
+    options: dict[str, Any] = {"weights": "DEFAULT" if pretrained else None}
+    if not pretrained and package in {"detection", "segmentation"}:
+        options["weights_backbone"] = None
+    if not pretrained and architecture in {"googlenet", "inception_v3"}:
+        options["init_weights"] = True
+    model = builder(**options).eval()
     body = {"detection": "backbone", "optical_flow": "context_encoder"}.get(package, "")
     shapes = _torchvision_shapes(torchvision, architecture, package, model)
     return Subject(name, f"torchvision.{module}", model, shapes, body)
@@ -141,9 +134,7 @@ def _torchvision_shapes(
     transforms = weights.transforms()
     side = getattr(transforms, "crop_size", None) or transforms.resize_size
     if hasattr(model, "image_size"):
-        side = [
-            model.image_size
-        ]  # a vision transformer takes no other, whatever its largest weights were made for
+        side = [model.image_size]  # a vision transformer takes no other, whatever its weights were made for
     if package == "video":
         return ((3, weights.meta.get("min_temporal_size", 16), side[0], side[-1]),)
     return ((3, side[0], side[-1]),)
@@ -163,12 +154,12 @@ def _own(name: str, factory: str, pretrained: bool) -> Subject:
     return Subject(name, module, model.eval(), examples=examples)
 
 
-def _factory(name: str, module: str, factory: str) -> Callable[..., Any]:
+def _factory(name: str, module: str, factory: str) -> Any:
     here = str(Path.cwd())
     if here not in sys.path:  # a console script's path begins with its own folder
         sys.path.insert(0, here)
     try:
-        found: Any = importlib.import_module(module)
+        found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # something that the user's module needs is missing
@@ -176,15 +167,14 @@ def _factory(name: str, module: str, factory: str) -> Callable[..., Any]:
             f"{name}: there is no module {error.name!r}, here or installed; "
             "give timm:NAME, torchvision:NAME or package.module:factory"
         ) from None
-    for step in factory.split("."):
-        if not hasattr(found, step):
-            raise UnknownModel(f"{name}: {module} has no {factory!r}")
-        found = getattr(found, step)
-    if not callable(found) or isinstance(found, nn.Module):
+    try:
+        made: Any = operator.attrgetter(factory)(found)
+    except AttributeError:
+        raise UnknownModel(f"{name}: {module} has no {factory!r}") from None
+    if not callable(made) or isinstance(made, nn.Module):
         raise UnknownModel(
-            f"{name}: {factory} is a {type(found).__name__}; name a function that makes the model"
+            f"{name}: {factory} is a {type(made).__name__}; name a function that makes the model"
         )
-    made: Callable[..., Any] = found
     return made
 
 
@@ -226,7 +216,7 @@ def suite(name: str) -> list[str]:
         The models' names, in order.
 
     Raises:
-        UnknownSuite: It is none of these, or the file holds no name.
+        UnknownModel: It is none of these, or the file holds no name.
         UnknownModel: The library is not installed.
     """
     if name == "timm":
@@ -241,12 +231,12 @@ def suite(name: str) -> list[str]:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UnknownSuite(
+            raise UnknownModel(
                 f"no suite {name!r}: give timm, torchvision, or a file of models' names ({error})"
             ) from None
         names = [" ".join(line.partition("#")[0].split()) for line in text.splitlines()]
     if not any(names):
-        raise UnknownSuite(f"{name}: no model is named there; write one a line, such as timm:resnet50")
+        raise UnknownModel(f"{name}: no model is named there; write one a line, such as timm:resnet50")
     return list(dict.fromkeys(name for name in names if name))
 
 

@@ -5,17 +5,17 @@ The process is forked from a server that has imported PyTorch, so that hundreds 
 
 import contextlib
 import faulthandler
+import math
 import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import psutil
 
@@ -28,15 +28,8 @@ LOOK_EVERY: Final = 0.3
 _ONE_AT_A_TIME: Final = threading.Lock()
 
 
-@dataclass(frozen=True)
-class Ending:
-    """How a call ended.
-
-    Attributes:
-        value: What it returned, if `status` is `pass`.
-        status: `pass`, or `crash`, `timeout`, `memory`.
-        detail: What happened, in one line.
-    """
+class Ending(NamedTuple):
+    """How a call ended: with a value if its status is `pass`; else in `detail` is what happened, in one line."""
 
     value: Any = None
     status: Status = Status.PASS
@@ -52,6 +45,8 @@ def call(
 ) -> Ending:
     """Calls a function in a process of its own; what it prints is lost.
 
+    An exception that the function raises counts as a crash, and so does a process that cannot be started.
+
     Args:
         function: A module's function; it and its arguments and result are pickled.
         *arguments: What it is called with.
@@ -60,8 +55,7 @@ def call(
         stop: Once this is set, it is killed, too.
 
     Returns:
-        How it ended. An exception that the function raises counts as a crash, and so does a process that cannot be
-        started.
+        How it ended.
     """
     ours: Connection
     ours, theirs = multiprocessing.Pipe(duplex=False)
@@ -83,9 +77,8 @@ def call(
 def _context() -> Any:
     # Dask's workers are daemons, which multiprocessing allows no children; but these never outlive their parent.
     multiprocessing.current_process().daemon = False
-    context = multiprocessing.get_context(
-        "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    )
+    forks = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if forks else "spawn")
     context.set_forkserver_preload(["convbn_fx.cli.zoo.preloaded"])
     return context
 
@@ -121,7 +114,7 @@ def _watch(
     memory_limit: int | None,
     stop: threading.Event | None,
 ) -> Ending:
-    end = time.monotonic() + timeout if timeout is not None else None
+    end = math.inf if timeout is None else time.monotonic() + timeout
     while True:
         wait([connection, process.sentinel], LOOK_EVERY)
         with _ONE_AT_A_TIME:
@@ -137,11 +130,9 @@ def _watch(
         if stop is not None and stop.is_set():
             return Ending(status=Status.CRASH, detail="stopped")
         if memory_limit is not None and (used := _resident(process)) > memory_limit:
-            return Ending(
-                status=Status.MEMORY,
-                detail=f"{used / 1e9:.2f} GB resident, above {memory_limit / 1e9:.2f} GB",
-            )
-        if end is not None and time.monotonic() > end:
+            detail = f"{used / 1e9:.2f} GB resident, above {memory_limit / 1e9:.2f} GB"
+            return Ending(status=Status.MEMORY, detail=detail)
+        if time.monotonic() > end:
             return Ending(status=Status.TIMEOUT, detail=f"longer than {timeout:g} s")
 
 

@@ -96,21 +96,13 @@ class Numbers:
         return {"passed": not self.failure, "failure": self.failure, **errors}
 
     @property
-    def errors(self) -> dict[str, float]:
+    def errors(self) -> dict[str, Any]:
         """The cells of the row's columns of errors."""
         return {name: getattr(self, name) for name in ERRORS}
 
 
 def measure(name: str, settings: Settings) -> Row:
-    """Measures one model.
-
-    Args:
-        name: The model's name, see [`load`][convbn_fx.cli.zoo.architectures.load].
-        settings: How.
-
-    Returns:
-        Its row, whatever happens to the model; `seconds` is left to whoever runs this.
-    """
+    """The row of a model, whatever happens to it; `seconds` is left to whoever runs this."""
     torch.set_num_threads(1)  # the same sums in the same order, however many models are measured side by side
     row = Row(name=name, status=Status.PASS, level=Level.STRUCTURE)
     try:
@@ -118,18 +110,17 @@ def measure(name: str, settings: Settings) -> Row:
     except Exception as error:  # noqa: BLE001 - whatever a constructor raises is a result
         return replace(row, status=Status.UNBUILDABLE, level=settings.level, detail=in_one_line(error))
     model = subject.model
-    row = replace(
-        row,
-        family=subject.family,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        batch_norms=len(list(batch_norms(model, [""]))),
-    )
-    numeric = settings.level is Level.NUMERIC and (row.parameters or 0) <= settings.max_parameters
-    row = replace(row, level=Level.NUMERIC if numeric else Level.STRUCTURE)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    norms = len(list(batch_norms(model, [""])))
+    numeric = settings.level is Level.NUMERIC and parameters <= settings.max_parameters
+    level = Level.NUMERIC if numeric else Level.STRUCTURE
+    row = replace(row, family=subject.family, parameters=parameters, batch_norms=norms, level=level)
     try:
         row = _with_structure(row, subject, settings)
         if numeric and row.fused and row.status is Status.PASS:
-            row = _with_numbers(row, subject, settings.seed)
+            numbers = compare_numbers(*for_smallest_images(subject, settings.seed), settings.seed)
+            status = Status.FAIL if numbers.failure else Status.PASS
+            row = replace(row, status=status, detail=numbers.failure, **numbers.errors)
     except Exception as error:  # noqa: BLE001 - whatever a model or we raise is a result
         row = replace(row, status=Status.ERROR, detail=in_one_line(error))
     return row
@@ -171,13 +162,8 @@ def _with_structure(row: Row, subject: Subject, settings: Settings) -> Row:
         saved_bytes(each.get_submodule(subject.body), *inputs, fake=device.type != "meta")
         for each in (model, tuned, deployed)
     )
-    row = replace(
-        row,
-        input=describe(subject, inputs),
-        bytes_eval=in_eval_mode,
-        bytes_tune=in_tune_mode,
-        bytes_deploy=in_deploy_mode,
-    )
+    row = replace(row, bytes_eval=in_eval_mode, bytes_tune=in_tune_mode, bytes_deploy=in_deploy_mode)
+    row = replace(row, input=describe(subject, inputs))
     if in_tune_mode > in_eval_mode:
         return replace(row, status=Status.FAIL, detail="tuned, it saves more bytes than before")
     return row
@@ -210,22 +196,10 @@ def _device(model: nn.Module) -> torch.device:
     return torch.device("meta" if any(parameter.is_meta for parameter in model.parameters()) else "cpu")
 
 
-def _with_numbers(row: Row, structure: Subject, seed: int) -> Row:
-    numbers = compare_numbers(*for_smallest_images(structure, seed), seed)
-    failure = numbers.failure
-    errors: dict[str, Any] = numbers.errors
-    return replace(row, status=Status.FAIL if failure else row.status, detail=failure, **errors)
-
-
 def for_smallest_images(subject: Subject, seed: int) -> tuple[Subject, int | None]:
-    """A model built anew for the smallest images that it takes, or else that it can be built for.
+    """A model built anew, with weights, for the smallest images that it takes, or else that it can be built for.
 
-    Args:
-        subject: The model; on the meta device, where trying costs nothing, or not.
-        seed: Of the weights.
-
-    Returns:
-        The model, with weights, and the height and width of its images; None for its own.
+    Trying costs nothing on the meta device. Returns the images' height and width, too; None for the model's own.
     """
     if subject.resizable:
         largest = max(subject.shapes[0][-2:])
@@ -249,11 +223,10 @@ def _takes(subject: Subject, side: int, rebuilt: bool) -> bool:
 
 
 def compare_numbers(subject: Subject, side: int | None, seed: int) -> Numbers:
-    """Compares a model with itself tuned, in float64 and float32.
+    """Compares a model, its batch norms made random, with itself tuned: in float64, and in float32.
 
     Args:
-        subject: The model, with weights; its batch norms are given random parameters, and the statistics of what they
-            see.
+        subject: The model, with weights.
         side: Height and width of its images; its own by default.
         seed: Of the batch norms and the images.
 
@@ -262,7 +235,6 @@ def compare_numbers(subject: Subject, side: int | None, seed: int) -> Numbers:
 
     Raises:
         AssertionError: The two differ in more than numbers.
-        Exception: Whatever the model raises.
     """
     images = drawn(subject.inputs(BATCH, side), seed)
     model = randomize_batchnorms(subject.model, seed).get_submodule(subject.body)
@@ -271,7 +243,9 @@ def compare_numbers(subject: Subject, side: int | None, seed: int) -> Numbers:
     tuned = convbn_fx.tune(model)
     double, tuned_double = copy.deepcopy((model, tuned))
     double.double(), tuned_double.double()
-    doubles = pytree.tree_map_only(Tensor, _as_double, images)
+    doubles = pytree.tree_map_only(
+        Tensor, lambda each: each.double() if each.is_floating_point() else each, images
+    )
     with _never_apart():
         comparison = compare(double, tuned_double, *doubles, per_module=True)
     if any(comparison.state.values()):
@@ -338,10 +312,6 @@ def drawn(inputs: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
 
     images: tuple[Any, ...] = pytree.tree_map_only(Tensor, draw, inputs)
     return images
-
-
-def _as_double(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def _tensors(outputs: Any) -> list[Tensor]:

@@ -12,10 +12,11 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from convbn_fx.cli import Unusable
 
@@ -91,14 +92,6 @@ class ResultsError(Unusable):
     """A results file cannot be used; the message names the file, the line and what to do."""
 
 
-@dataclass(frozen=True)
-class _Format:
-    """How a column is written, and read again."""
-
-    write: Callable[[Any], str]
-    read: Callable[[str], Any]
-
-
 def _write_counts(counts: Mapping[str, int]) -> str:
     return " ".join(f"{name}:{counts[name]}" for name in sorted(counts)) or "none"
 
@@ -136,6 +129,13 @@ def _read_text(cell: str) -> str:
     return cell
 
 
+class _Format(NamedTuple):
+    """How a column is written, and read again."""
+
+    write: Callable[[Any], str]
+    read: Callable[[str], Any]
+
+
 _TEXT = _Format(_write_text, _read_text)
 _COUNT = _Format(str, _read_count)
 _ERROR = _Format("{:.2e}".format, _read_error)
@@ -148,30 +148,25 @@ ERRORS: Mapping[str, str] = {
     "float32_error_eval": "outputs, float32, Eval",
 }
 
-_FORMATS: Mapping[str, _Format] = {
-    "status": _Format(str, Status),
-    "level": _Format(str, Level),
-    **dict.fromkeys(("name", "family", "input", "detail"), _TEXT),
-    **dict.fromkeys(
-        ("parameters", "batch_norms", "fused", "bytes_eval", "bytes_tune", "bytes_deploy"), _COUNT
-    ),
-    **dict.fromkeys(ERRORS, _ERROR),
-    "refused": _Format(_write_counts, _read_counts),
-    "seconds": _Format("{:.1f}".format, _read_error),
-}
-
 #: The columns, in the order of the file.
 COLUMNS: tuple[str, ...] = tuple(field.name for field in fields(Row))
 HEADER = ",".join(COLUMNS) + "\n"
 _REQUIRED = frozenset({"name", "status", "level"})
+_FORMATS: Mapping[str, _Format] = {
+    **dict.fromkeys(COLUMNS, _COUNT),
+    **dict.fromkeys(("name", "family", "input", "detail"), _TEXT),
+    **dict.fromkeys(ERRORS, _ERROR),
+    "status": _Format(str, Status),
+    "level": _Format(str, Level),
+    "refused": _Format(_write_counts, _read_counts),
+    "seconds": _Format("{:.1f}".format, _read_error),
+}
 
 
 def cells(row: Row) -> dict[str, str]:
     """The text of each column; empty where nothing was measured."""
-    values = {column: getattr(row, column) for column in COLUMNS}
-    return {
-        column: "" if value is None else _FORMATS[column].write(value) for column, value in values.items()
-    }
+    values = ((column, getattr(row, column)) for column in COLUMNS)
+    return {column: "" if value is None else _FORMATS[column].write(value) for column, value in values}
 
 
 def line(row: Row) -> str:
@@ -182,34 +177,22 @@ def line(row: Row) -> str:
 
 
 def read(path: Path) -> list[Row]:
-    """Reads a whole results file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its rows, in the order of the file.
-
-    Raises:
-        ResultsError: The file cannot be read, is truncated, has other columns, a cell that makes no sense, or a model
-            twice.
-    """
-    try:
+    """The rows of a results file, in its order; raises `ResultsError` if it cannot be read."""
+    with _explained(path):
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ResultsError(f"{path}: cannot be read: {error}") from error
     return parse(text, str(path))
 
 
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, UnicodeDecodeError) as error:
+        raise ResultsError(f"{path}: cannot be read: {error}") from error
+
+
 def parse(text: str, path: str) -> list[Row]:
-    """Reads the text of a results file.
-
-    Args:
-        text: All of it.
-        path: The file's name, for the messages.
-
-    Returns:
-        Its rows, in the order of the file.
+    """Reads the text of a results file, whose name is for the messages.
 
     Raises:
         ResultsError: It is truncated, has other columns, a cell that makes no sense, or a model twice.
@@ -221,29 +204,24 @@ def parse(text: str, path: str) -> list[Row]:
         raise ResultsError(
             f"{path}:{last}: the last line is truncated; `sweep --resume` completes what it has begun"
         )
-    records = _records(text, path)
-    _check_header(next(records, (1, []))[1], path)
-    rows: list[Row] = []
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        (_, header), *records = [(reader.line_num, record) for record in reader]
+    except csv.Error as error:
+        raise ResultsError(f"{path}:{reader.line_num}: {error}") from error
+    _check_header(header, path)
+    rows: dict[str, Row] = {}
     lines: dict[str, int] = {}
     for number, record in records:
         row = _row(record, f"{path}:{number}")
-        if row.name in lines:
+        if row.name in rows:
             raise ResultsError(f"{path}:{number}: {row.name} is there already, at line {lines[row.name]}")
-        lines[row.name] = number
-        rows.append(row)
-    return rows
+        rows[row.name], lines[row.name] = row, number
+    return list(rows.values())
 
 
 def check_names(rows: Iterable[Row], place: str) -> None:
-    """Raises if a model has two rows.
-
-    Args:
-        rows: Rows that are to be one file's.
-        place: Where they come from, for the message.
-
-    Raises:
-        ResultsError: A model is there twice.
-    """
+    """Raises `ResultsError`, which says in which place, if of rows that are to be one file's two are of one model."""
     counts = Counter(row.name for row in rows)
     if twice := [name for name, count in counts.items() if count > 1]:
         raise ResultsError(f"{place}: {twice[0]} is there {counts[twice[0]]} times")
@@ -252,18 +230,6 @@ def check_names(rows: Iterable[Row], place: str) -> None:
 def matches(name: str, pattern: str) -> bool:
     """Whether a model is meant by a pattern: `timm:resnet*`, or `resnet*` of any library."""
     return any(fnmatch.fnmatchcase(each, pattern) for each in (name, name.partition(":")[2]))
-
-
-def _records(text: str, path: str) -> Iterator[tuple[int, list[str]]]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    while True:
-        try:
-            record = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise ResultsError(f"{path}:{reader.line_num}: {error}") from error
-        yield reader.line_num, record
 
 
 def _check_header(header: list[str], path: str) -> None:
@@ -282,14 +248,14 @@ def _row(record: list[str], place: str) -> Row:
         )
     values: dict[str, Any] = {}
     for column, cell in zip(COLUMNS, record, strict=True):
-        form = _FORMATS[column]
-        try:
-            if cell or form is _TEXT:
-                values[column] = form.read(cell)
-        except ValueError:
-            raise ResultsError(f"{place}: column {column}: {cell!r} makes no sense") from None
         if column in _REQUIRED and not cell:
             raise ResultsError(f"{place}: column {column} is empty")
+        if not cell and _FORMATS[column] is not _TEXT:
+            continue
+        try:
+            values[column] = _FORMATS[column].read(cell)
+        except ValueError:
+            raise ResultsError(f"{place}: column {column}: {cell!r} makes no sense") from None
     return Row(**values)
 
 
@@ -300,12 +266,7 @@ def in_one_line(error: BaseException) -> str:
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:
-    """Writes a whole results file, sorted by name; what was there before is replaced in one step.
-
-    Args:
-        path: The file; its folder is made if need be.
-        rows: The rows.
-    """
+    """Writes a whole results file, sorted by name; what was there before is replaced in one step."""
     path = path.resolve()  # a link stays one
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = HEADER + "".join(line(row) for row in sorted(rows, key=lambda row: row.name))
@@ -323,12 +284,7 @@ def write(path: Path, rows: Iterable[Row]) -> None:
 
 
 def append(path: Path, row: Row) -> None:
-    """Adds a row to the file, durably: once this returns, the row survives a power cut.
-
-    Args:
-        path: The file, which has its header.
-        row: The new row.
-    """
+    """Adds a row to the file, durably: once this returns, the row survives a power cut."""
     with path.open("a", encoding="utf-8") as file:
         file.write(line(row))
         file.flush()
@@ -338,31 +294,21 @@ def append(path: Path, row: Row) -> None:
 def resume(path: Path) -> list[Row]:
     """Reads what an interrupted run has left, and cuts off a line that it left half-written.
 
-    Args:
-        path: The file; made, with its header alone, if it is not there.
-
-    Returns:
-        The whole rows.
+    A file that is not there is made, with its header alone.
 
     Raises:
         ResultsError: What is there is no results file.
     """
-    found = b""
-    if path.exists():
-        try:
-            found = path.read_bytes()
-        except OSError as error:
-            raise ResultsError(f"{path}: cannot be read: {error}") from error
-    whole = found[: found.rfind(b"\n") + 1]
+    with _explained(path):
+        found = path.read_bytes() if path.exists() else b""
+        whole = found[: found.rfind(b"\n") + 1]
+        text = whole.decode("utf-8")
     if not whole:
         if not HEADER.encode().startswith(found):
             raise ResultsError(f"{path}: not a results file, and left as it is; name another with --out")
         write(path, [])
         return []
-    try:
-        rows = parse(whole.decode("utf-8"), str(path))
-    except UnicodeDecodeError as error:
-        raise ResultsError(f"{path}: cannot be read: {error}") from error
+    rows = parse(text, str(path))
     if whole != found:
         os.truncate(path, len(whole))
     return rows
