@@ -22,6 +22,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Final
 
@@ -72,7 +73,7 @@ def library() -> Path:
 
 def load() -> bool:
     """Loads the operator if there is a build. Returns whether it is loaded."""
-    global operator  # noqa: PLW0603 - as a module's attribute it is the shortest way that a call can take
+    global operator, stand_in  # noqa: PLW0603 - as a module's attribute it is the shortest way that a call can take
     if operator is None and wish() != "0":
         with suppress(
             OSError, RuntimeError
@@ -81,6 +82,10 @@ def load() -> bool:
             if path.exists():
                 torch.ops.load_library(path)
                 operator = torch.ops.convbn_fx.conv_batch_norm.default
+                spec = spec_from_file_location(f"{__package__}.{_NAME}", path)
+                with suppress(ImportError):  # it was built without headers of Python's
+                    calls = module_from_spec(spec)  # type: ignore[arg-type] # the file is there
+                    operator, stand_in = calls.conv_batch_norm, calls.stand_in
     return operator is not None
 
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from tree_parts import Swish
 
+from convbn_fx.functional import native
 from convbn_fx.testing import assert_equivalent
 from convbn_fx.tuning import deferred as deferral
 
@@ -74,6 +75,13 @@ def both(reader):
     return model, tuned
 
 
+@pytest.fixture(params=["in C++", "in Python"])
+def made(request, monkeypatch):
+    """What stands for an output is made in both ways, whichever there are."""
+    if request.param == "in Python":
+        monkeypatch.setattr(native, "stand_in", None)
+
+
 READERS = {
     "function": lambda m, y: Swish.apply(y),
     "function, then the norm": lambda m, y: Swish.apply(y) + m.norm(y),
@@ -84,6 +92,7 @@ READERS = {
 }
 
 
+@pytest.mark.usefixtures("made")
 @pytest.mark.parametrize("reader", READERS)
 def test_gradients_of_gradients_past_python(reader):
     model, tuned = both(READERS[reader])
@@ -97,12 +106,14 @@ def test_gradients_of_gradients_past_python(reader):
     torch.testing.assert_close(*outcomes)
 
 
+@pytest.mark.usefixtures("made")
 def test_a_gradient_of_something_upstream_alone():
     model, tuned = both(READERS["function"])
     expected, actual = (torch.autograd.grad(net(X).sum(), net.stem.weight)[0] for net in (model, tuned))
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.usefixtures("made")
 def test_hooks_on_a_parameter_are_called_once():
     model, tuned = both(READERS["function"])
     tuned.conv.weight.register_hook(lambda gradient: 2 * gradient)
@@ -122,6 +133,7 @@ IN_PLACE = {
 }
 
 
+@pytest.mark.usefixtures("made")
 @pytest.mark.parametrize("change", IN_PLACE)
 def test_changes_in_place_past_python_are_right_or_an_error(change):
     model, tuned = both(IN_PLACE[change])
@@ -141,6 +153,7 @@ def test_changes_in_place_past_python_are_right_or_an_error(change):
     assert outcomes[1] is None or outcomes[0] is not None
 
 
+@pytest.mark.usefixtures("made")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # PyTorch's own use
 def test_forward_mode_past_python():
     model, tuned = both(lambda m, y: Tangent.apply(y))
@@ -148,6 +161,7 @@ def test_forward_mode_past_python():
     torch.testing.assert_close(*outcomes)
 
 
+@pytest.mark.usefixtures("made")
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap])
 def test_past_python_in_a_transform_is_right_or_an_error(transform):
     model, tuned = both(lambda m, y: torch.ops.aten.alias(y.as_subclass(torch.Tensor)).sin())
@@ -160,6 +174,7 @@ def test_past_python_in_a_transform_is_right_or_an_error(transform):
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.usefixtures("made")
 def test_read_in_inference_mode_before_the_norm():
     def reader(m, y):
         with torch.inference_mode():
@@ -215,6 +230,7 @@ class Reading(Functional):
         return y
 
 
+@pytest.mark.usefixtures("made")
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
 @pytest.mark.parametrize("function", [one_norm, several_norms, functions], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("read", METADATA)
@@ -315,6 +331,7 @@ def regions(*names):
     return pytest.mark.parametrize(names[0], names[1:], ids=lambda region: region.__name__)
 
 
+@pytest.mark.usefixtures("made")
 @pytest.mark.parametrize("foreseen", [True, False])
 @regions("outer", called, checkpointed, reentrant)
 @regions("inner", checkpointed, reentrant, offloaded, lower_precision, without_gradients)
@@ -342,11 +359,45 @@ def test_a_pair_in_one_region(outer, monkeypatch):
     assert computed == []  # the convolution's own output
 
 
+@pytest.mark.usefixtures("made")
 @pytest.mark.parametrize("reader", READERS)
 def test_what_is_read_past_python_is_one_convolution(reader):
     model, tuned = both(READERS[reader])
     expected, actual = (outcome(net, X) for net in (model, tuned))
     torch.testing.assert_close(actual, expected)
+
+
+def test_half_precision_and_gradients_past_python():
+    model, tuned = both(READERS["function"])
+    model.bfloat16(), tuned.bfloat16()
+    assert_equivalent(model, tuned, X.bfloat16(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.usefixtures("made")
+def test_an_error_in_the_gradients_is_the_caller_s():
+    _, tuned = both(lambda m, y: Swish.apply(y))
+    output = tuned(X)
+    with torch.no_grad():
+        tuned.conv.weight.add_(1)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        output.sum().backward()
+
+
+def test_what_takes_its_memory_raises():
+    if native.stand_in is None:
+        pytest.skip("the operator is not built: make setup")
+    weight = torch.ones(4, 3, 3, 3)
+    output = native.stand_in(None, X.float(), weight, None, (2, 4, 4, 4), torch.float32)
+    with pytest.raises(RuntimeError, match="data"):
+        output.data_ptr()
+    with pytest.raises(TypeError, match="6 arguments"):
+        native.stand_in(None)
+    with pytest.raises(TypeError, match="expected a tensor, got int"):
+        native.stand_in(None, 1, weight, None, (2, 4, 4, 4), torch.float32)
+    with pytest.raises(TypeError, match="expected a tuple, got list"):
+        native.stand_in(None, X, weight, None, [2, 4, 4, 4], torch.float32)
+    with pytest.raises(TypeError, match="expected a dtype, got int"):
+        native.stand_in(None, X, weight, None, (2, 4, 4, 4), 1)
 
 
 # --- How long it lives -------------------------------------------------------------------------------------------
