@@ -39,47 +39,44 @@ app = typer.Typer(
 
 # --- report ---------------------------------------------------------------------------------------------------------
 
-ModelArgument = Annotated[
-    str,
-    Argument(
-        help="timm:NAME, torchvision:NAME, or package.module:factory, a function of yours that returns a model, or a "
-        "model and a tuple of its inputs",
-        show_default=False,
-    ),
-]
-BatchOption = Annotated[int | None, Option(min=1, help="Images in a batch; 32 unless told.")]
 SizeOption = Annotated[
     int | None, Option(min=1, help="Height and width of the images; the model's own unless told.")
-]
-PretrainedOption = Annotated[
-    bool, Option("--pretrained", help="With trained weights; a library downloads its own.")
-]
-CheckOption = Annotated[
-    bool,
-    Option("--check", help="Compare outputs and all gradients in float64, too, the batch norms made random."),
-]
-JsonOption = Annotated[bool, Option("--json", help="Print JSON instead of tables.")]
-ReportHtmlOption = Annotated[Path | None, Option(help="Write a page with the tables and the pictures.")]
-PlotOption = Annotated[
-    Path | None, Option(help="Write a picture (png, svg or pdf): memory layer by layer, the coefficients.")
-]
-GraphOption = Annotated[
-    Path | None,
-    Option(help="Draw the graph, if it can be traced, before and after (dot, png, svg or pdf); needs pydot."),
 ]
 
 
 @app.command(epilog="Example: convbn-fx report timm:resnet50 --batch 32 --size 224 --plot memory.png")
 def report(
-    model: ModelArgument,
-    batch: BatchOption = None,
+    model: Annotated[
+        str,
+        Argument(
+            help="timm:NAME, torchvision:NAME, or package.module:factory, a function of yours that returns a model, "
+            "or a model and a tuple of its inputs",
+            show_default=False,
+        ),
+    ],
+    batch: Annotated[int | None, Option(min=1, help="Images in a batch; 32 unless told.")] = None,
     size: SizeOption = None,
-    pretrained: PretrainedOption = False,
-    check: CheckOption = False,
-    as_json: JsonOption = False,
-    html: ReportHtmlOption = None,
-    plot: PlotOption = None,
-    graph: GraphOption = None,
+    pretrained: Annotated[
+        bool, Option("--pretrained", help="With trained weights; a library downloads its own.")
+    ] = False,
+    check: Annotated[
+        bool,
+        Option(
+            "--check", help="Compare outputs and all gradients in float64, too, the batch norms made random."
+        ),
+    ] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON instead of tables.")] = False,
+    html: Annotated[Path | None, Option(help="Write a page with the tables and the pictures.")] = None,
+    plot: Annotated[
+        Path | None,
+        Option(help="Write a picture (png, svg or pdf): memory layer by layer, the coefficients."),
+    ] = None,
+    graph: Annotated[
+        Path | None,
+        Option(
+            help="Draw the graph, if it can be traced, before and after (dot, png, svg or pdf); needs pydot."
+        ),
+    ] = None,
 ) -> None:
     """Tell what Tune mode does to a model: its pairs, the bytes they save, what is left and why.
 
@@ -131,79 +128,66 @@ def report(
 
 # --- sweep ----------------------------------------------------------------------------------------------------------
 
-SuitesOption = Annotated[
-    list[str] | None,
-    Option(
-        "--suite",
-        help="timm (unless told), torchvision, or a file: one model a line, or a results file. More than one is fine.",
-    ),
-]
 MatchOption = Annotated[str, Option(help="Only models whose name matches, such as 'resnet*'.")]
-LevelOption = Annotated[
-    Level,
-    Option(help="structure: pairs and bytes, with no memory at all. numeric: errors and gradients, too."),
-]
-OutOption = Annotated[
-    Path | None,
-    Option(help="The results file, a row a model, written as they come; results.csv unless told."),
-]
-ResumeOption = Annotated[bool, Option("--resume", help="Go on with the results file where it stopped.")]
-RetryOption = Annotated[
-    bool, Option("--retry", help="With --resume, measure again what crashed or was stopped at a limit.")
-]
-JobsOption = Annotated[
-    int | None, Option(min=1, help="Models at a time; one for each processor unless told.")
-]
-ShardOption = Annotated[str, Option(help="Only this part of the models, such as 3/16.")]
-TimeoutOption = Annotated[float, Option(min=1, help="Seconds that one model may take.")]
-MemoryLimitOption = Annotated[
-    str | None,
-    Option(
-        help="Memory that one model may take, such as 8GB; its share of 90% of the machine's unless told."
-    ),
-]
-MaxParamsOption = Annotated[
-    float, Option(min=0, help="Models with more parameters, such as 1e8, are measured in structure only.")
-]
-CountedBatchOption = Annotated[int, Option(min=1, help="Images in the batch whose bytes are counted.")]
-SeedOption = Annotated[int, Option(help="Of weights, batch norms and images.")]
-BackendOption = Annotated[Backend, Option(help="What the models run on: this machine, or a cluster.")]
-AddressOption = Annotated[
-    str | None, Option(help="Of a cluster's scheduler; one is started on this machine unless told.")
-]
-HtmlOption = Annotated[Path | None, Option(help="Write the results as a page, too.")]
-FromOption = Annotated[
-    list[Path] | None,
-    Option(
-        "--from",
-        help="Measure nothing: sum up this results file, and write its page with --html. Given again, files of shards "
-        "are put together, into one with --out.",
-    ),
-]
 
 
 @app.command(
     epilog="Example: convbn-fx sweep --suite timm --match 'resnet*' --level numeric --jobs 2 --out results.csv"
 )
 def sweep(
-    suite: SuitesOption = None,
+    suite: Annotated[
+        list[str] | None,
+        Option(
+            "--suite",
+            help="timm (unless told), torchvision, or a file: one model a line, or a results file. "
+            "More than one is fine.",
+        ),
+    ] = None,
     match: MatchOption = "*",
-    level: LevelOption = Level.STRUCTURE,
-    out: OutOption = None,
-    resume: ResumeOption = False,
-    retry: RetryOption = False,
-    jobs: JobsOption = None,
-    shard: ShardOption = "1/1",
-    timeout: TimeoutOption = 900.0,
-    memory_limit: MemoryLimitOption = None,
-    max_params: MaxParamsOption = math.inf,
-    batch: CountedBatchOption = 2,
+    level: Annotated[
+        Level,
+        Option(help="structure: pairs and bytes, with no memory at all. numeric: errors and gradients, too."),
+    ] = Level.STRUCTURE,
+    out: Annotated[
+        Path | None,
+        Option(help="The results file, a row a model, written as they come; results.csv unless told."),
+    ] = None,
+    resume: Annotated[bool, Option("--resume", help="Go on with the results file where it stopped.")] = False,
+    retry: Annotated[
+        bool, Option("--retry", help="With --resume, measure again what crashed or was stopped at a limit.")
+    ] = False,
+    jobs: Annotated[
+        int | None, Option(min=1, help="Models at a time; one for each processor unless told.")
+    ] = None,
+    shard: Annotated[str, Option(help="Only this part of the models, such as 3/16.")] = "1/1",
+    timeout: Annotated[float, Option(min=1, help="Seconds that one model may take.")] = 900.0,
+    memory_limit: Annotated[
+        str | None,
+        Option(
+            help="Memory that one model may take, such as 8GB; its share of 90% of the machine's unless told."
+        ),
+    ] = None,
+    max_params: Annotated[
+        float, Option(min=0, help="Models with more parameters, such as 1e8, are measured in structure only.")
+    ] = math.inf,
+    batch: Annotated[int, Option(min=1, help="Images in the batch whose bytes are counted.")] = 2,
     size: SizeOption = None,
-    seed: SeedOption = 0,
-    backend: BackendOption = Backend.LOCAL,
-    address: AddressOption = None,
-    html: HtmlOption = None,
-    sum_up: FromOption = None,
+    seed: Annotated[int, Option(help="Of weights, batch norms and images.")] = 0,
+    backend: Annotated[
+        Backend, Option(help="What the models run on: this machine, or a cluster.")
+    ] = Backend.LOCAL,
+    address: Annotated[
+        str | None, Option(help="Of a cluster's scheduler; one is started on this machine unless told.")
+    ] = None,
+    html: Annotated[Path | None, Option(help="Write the results as a page, too.")] = None,
+    sum_up: Annotated[
+        list[Path] | None,
+        Option(
+            "--from",
+            help="Measure nothing: sum up this results file, and write its page with --html. Given again, files of "
+            "shards are put together, into one with --out.",
+        ),
+    ] = None,
 ) -> None:
     """Measure many models, each in a process of its own: one row of results for each, whatever happens to it.
 
@@ -264,16 +248,15 @@ def _sum_up(rows: list[Row], source: str, html: Path | None) -> None:
 
 # --- gate -----------------------------------------------------------------------------------------------------------
 
-ActualArgument = Annotated[Path, Argument(help="The results file of a sweep.", show_default=False)]
-ExpectedOption = Annotated[Path, Option(help="The baseline: a results file, too.", show_default=False)]
-UpdateOption = Annotated[
-    bool, Option("--update", help="Write what changed into the baseline, and expect it from then on.")
-]
-
 
 @app.command(epilog="Example: convbn-fx gate results.csv --expected expected.csv")
 def gate(
-    actual: ActualArgument, expected: ExpectedOption, update: UpdateOption = False, match: MatchOption = "*"
+    actual: Annotated[Path, Argument(help="The results file of a sweep.", show_default=False)],
+    expected: Annotated[Path, Option(help="The baseline: a results file, too.", show_default=False)],
+    update: Annotated[
+        bool, Option("--update", help="Write what changed into the baseline, and expect it from then on.")
+    ] = False,
+    match: MatchOption = "*",
 ) -> None:
     """Hold a results file to a baseline: PASS, FAIL, IMPROVED, MISSING or NEW for each model.
 

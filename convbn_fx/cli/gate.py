@@ -8,11 +8,11 @@ the gate prints, so that what was won once cannot be lost unseen.
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import IntEnum, StrEnum
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -28,8 +28,7 @@ class May(IntEnum):
     RISE = 1
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(NamedTuple):
     """How a column may change.
 
     Attributes:
@@ -91,11 +90,7 @@ class Outcome(StrEnum):
     NEW = "NEW"
 
 
-_SEVERITY = tuple(Outcome)
-
-
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """The gate's verdict on one model.
 
     Attributes:
@@ -113,11 +108,9 @@ class Verdict:
 
 def judge(actual: list[Row], expected: list[Row]) -> list[Verdict]:
     """A verdict for every model of either, sorted by name; both have one row a model."""
-    found_rows = {row.name: row for row in actual}
-    expected_rows = {row.name: row for row in expected}
+    found, wanted = ({row.name: row for row in rows} for rows in (actual, expected))
     return [
-        _verdict(name, found_rows.get(name), expected_rows.get(name))
-        for name in sorted(found_rows.keys() | expected_rows.keys())
+        _verdict(name, found.get(name), wanted.get(name)) for name in sorted(found.keys() | wanted.keys())
     ]
 
 
@@ -142,7 +135,7 @@ def _verdict(name: str, found: Row | None, expected: Row | None) -> Verdict:
     if lost:
         outcomes.append(Outcome.FAIL)
         differences.append(f"not measured any more: {', '.join(lost)}")
-    return Verdict(name, max(outcomes, key=_SEVERITY.index), tuple(differences))
+    return Verdict(name, max(outcomes, key=list(Outcome).index), tuple(differences))
 
 
 def _status(row: Row | None) -> str:
@@ -212,7 +205,12 @@ def run(actual: Path, expected: Path, *, update: bool = False, match: str = "*",
         ResultsError: A file cannot be used, or there is no model to judge.
     """
     rows = results.read(actual)
-    baseline = _baseline(expected, update=update)
+    try:
+        baseline = results.read(expected)
+    except ResultsError as error:
+        if not (update and isinstance(error.__cause__, FileNotFoundError)):
+            raise
+        baseline = []
     chosen = [row for row in rows if matches(row.name, match)]
     concerned = [row for row in baseline if matches(row.name, match)]
     verdicts = judge(chosen, concerned)
@@ -223,7 +221,9 @@ def run(actual: Path, expected: Path, *, update: bool = False, match: str = "*",
     if not changed:
         return 0
     if not update:
-        _print(console, "To expect what was found from now on:", f"  {_command(actual, expected, match)}")
+        chosen_again = [] if match == "*" else ["--match", match]
+        command = ["convbn-fx", "gate", str(actual), "--expected", str(expected), "--update", *chosen_again]
+        _print(console, "To expect what was found from now on:", f"  {shlex.join(command)}")
         return 1
     others = [row for row in baseline if not matches(row.name, match)]
     try:
@@ -232,20 +232,6 @@ def run(actual: Path, expected: Path, *, update: bool = False, match: str = "*",
         raise ResultsError(f"{expected}: cannot be written: {error}") from error
     _print(console, *_written(expected, chosen, changed))
     return 0
-
-
-def _baseline(path: Path, *, update: bool) -> list[Row]:
-    try:
-        return results.read(path)
-    except ResultsError as error:
-        if update and isinstance(error.__cause__, FileNotFoundError):
-            return []
-        raise
-
-
-def _command(actual: Path, expected: Path, match: str) -> str:
-    chosen = [] if match == "*" else ["--match", match]
-    return shlex.join(["convbn-fx", "gate", str(actual), "--expected", str(expected), "--update", *chosen])
 
 
 def _summary(verdicts: list[Verdict], changed: list[Verdict]) -> Iterator[str]:

@@ -142,7 +142,8 @@ def _torchvision_shapes(
 
 def _own(name: str, factory: str, pretrained: bool) -> Subject:
     module = name.partition(":")[0]
-    made = _factory(name, module, factory)(**({"pretrained": True} if pretrained else {}))
+    build = _factory(name, module, factory)
+    made = build(pretrained=True) if pretrained else build()
     model, examples = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise UnknownModel(
@@ -206,18 +207,13 @@ def _unknown(name: str, architecture: str, known: Iterable[str]) -> str:
 
 
 def suite(name: str) -> list[str]:
-    """The models of a suite.
+    """The names of a suite's models, in order.
 
-    Args:
-        name: `timm`, `torchvision` (all but its quantised ones, which hold no batch norm), or a file: a results file,
-            whose models are meant, or a text with one model's name a line; `#` begins a comment.
-
-    Returns:
-        The models' names, in order.
+    A suite is `timm`, `torchvision` (all but its quantised ones, which hold no batch norm), or a file: a results file,
+    whose models are meant, or a text with one model's name a line; `#` begins a comment.
 
     Raises:
-        UnknownModel: It is none of these, or the file holds no name.
-        UnknownModel: The library is not installed.
+        UnknownModel: It is none of these, the library is not installed, or the file holds no name.
     """
     if name == "timm":
         return [f"timm:{model}" for model in _library("timm").list_models()]
@@ -229,12 +225,11 @@ def suite(name: str) -> list[str]:
         names = [row.name for row in results.read(path)]
     else:
         try:
-            text = path.read_text(encoding="utf-8")
+            lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UnknownModel(
-                f"no suite {name!r}: give timm, torchvision, or a file of models' names ({error})"
-            ) from None
-        names = [" ".join(line.partition("#")[0].split()) for line in text.splitlines()]
+            message = f"no suite {name!r}: give timm, torchvision, or a file of models' names ({error})"
+            raise UnknownModel(message) from None
+        names = [" ".join(line.partition("#")[0].split()) for line in lines]
     if not any(names):
         raise UnknownModel(f"{name}: no model is named there; write one a line, such as timm:resnet50")
     return list(dict.fromkeys(name for name in names if name))
