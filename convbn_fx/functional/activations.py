@@ -110,8 +110,9 @@ def activated(function: nn.Module | Activation, input: Any) -> Tensor | None:
             return None
         function = operands
     name, numbers, inplace = function
-    run = torch.ops.convbn_fx.activation_ if inplace else torch.ops.convbn_fx.activation
-    return run.default(input, name, numbers)  # type: ignore[no-any-return]
+    first, second, *_ = (*numbers, 0.0, 0.0)
+    run = native.activation_ if inplace else native.activation
+    return run(input, native.activation_kinds[name], first, second)
 
 
 def what_is_saved(name: str, function: nn.Module | Activation | BatchNorm) -> SavedLess | None:

@@ -38,6 +38,10 @@ _FLAGS: Final = ["-O3", "-fno-math-errno"]  # with it, a square root is an instr
 
 #: The operator; None where it is not loaded.
 operator: Callable[..., torch.Tensor] | None = None
+#: Activations by the operator, and the numbers of their kinds.
+activation: Callable[..., torch.Tensor]
+activation_: Callable[..., torch.Tensor]
+activation_kinds: dict[str, int] = {}
 
 #: What makes a tensor without memory that stands for a convolution's output; None where it is not loaded.
 stand_in: Callable[..., torch.Tensor] | None = None
@@ -73,7 +77,7 @@ def library() -> Path:
 
 def load() -> bool:
     """Loads the operator if there is a build. Returns whether it is loaded."""
-    global operator, stand_in  # noqa: PLW0603 - as a module's attribute it is the shortest way that a call can take
+    global operator, stand_in, activation, activation_  # noqa: PLW0603 - what a call finds soonest are a module's attributes
     if operator is None and wish() != "0":
         with suppress(
             OSError, RuntimeError
@@ -81,10 +85,14 @@ def load() -> bool:
             path = library()
             if path.exists():
                 torch.ops.load_library(path)
-                operator = torch.ops.convbn_fx.conv_batch_norm.default
+                operators = torch.ops.convbn_fx
+                activation_kinds.update((name, i) for i, name in enumerate(operators.activation_kinds()))
+                activation, activation_ = operators.activation.default, operators.activation_.default
+                operator = operators.conv_batch_norm.default
                 spec = spec_from_file_location(f"{__package__}.{_NAME}", path)
                 with suppress(ImportError):  # it was built without headers of Python's
                     calls = module_from_spec(spec)  # type: ignore[arg-type] # the file is there
+                    activation, activation_ = calls.activation, calls.activation_
                     operator, stand_in = calls.conv_batch_norm, calls.stand_in
     return operator is not None
 

@@ -4,6 +4,7 @@
 
 #include <ATen/ATen.h>
 
+#include <array>
 #include <string_view>
 
 namespace convbn_fx {
@@ -29,17 +30,10 @@ enum class Kind : int64_t {
   kComposedMish,
 };
 
-inline Kind kind_of(std::string_view name) {
-  constexpr std::string_view names[] = {
-      "relu", "hardtanh", "leaky_relu", "elu", "hardsigmoid", "composed_hardsigmoid", "sigmoid", "tanh", "silu", "hardswish", "gelu",
-      "gelu_tanh", "mish", "composed_silu", "composed_hardswish", "composed_mish"};
-  for (size_t i = 0; i < std::size(names); ++i) {
-    if (names[i] == name) {
-      return static_cast<Kind>(i);
-    }
-  }
-  TORCH_CHECK_VALUE(false, "activation: unknown kind ", name);
-}
+// Their names, in that order.
+constexpr std::array<std::string_view, 16> kNames = {
+    "relu", "hardtanh", "leaky_relu", "elu", "hardsigmoid", "composed_hardsigmoid", "sigmoid", "tanh", "silu",
+    "hardswish", "gelu", "gelu_tanh", "mish", "composed_silu", "composed_hardswish", "composed_mish"};
 
 struct Activation {
   Kind kind;
@@ -52,6 +46,10 @@ struct Activation {
 
   bool is_composed() const {
     return kind == Kind::kComposedHardsigmoid || kind >= Kind::kComposedSilu;
+  }
+
+  bool has_numbers() const {
+    return kind >= Kind::kHardtanh && kind <= Kind::kElu;
   }
 
   // Whether PyTorch's own keeps the output alone.

@@ -46,24 +46,32 @@ struct ActivationFunction : torch::autograd::Function<ActivationFunction> {
       // Without complaint where it is changed in place later, which is allowed where PyTorch saves the input; then a
       // witness tells, and the input is computed again.
       ctx->save_for_backward({output.variable_data()});
-      Tensor witness = at::empty({0}, output.options());
-      witness.unsafeGetTensorImpl()->set_version_counter(output.unsafeGetTensorImpl()->version_counter());
-      ctx->saved_data["witness"] = witness;
+      auto witness = c10::make_intrusive<at::TensorImpl>(
+          c10::DispatchKeySet(c10::DispatchKey::CPU), caffe2::TypeMeta::Make<float>(), at::kCPU);
+      witness->set_version_counter(output.unsafeGetTensorImpl()->version_counter());
+      ctx->saved_data["witness"] = Tensor(std::move(witness));
       ctx->saved_data["version"] = static_cast<int64_t>(output._version()) + in_place; // marked as dirty, it gets one more
     } else {
       ctx->save_for_backward(kept.tensors);
       kept.recipe.save(ctx);
     }
-    ctx->saved_data["activation"] = std::vector<double>{
-        static_cast<double>(activation.kind), activation.a, activation.b, static_cast<double>(saves)};
+    ctx->saved_data["kind"] = static_cast<int64_t>(activation.kind);
+    ctx->saved_data["saves"] = static_cast<int64_t>(saves);
+    if (activation.has_numbers()) {
+      ctx->saved_data["a"] = activation.a;
+      ctx->saved_data["b"] = activation.b;
+    }
     return output;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grad_outputs) {
     const c10::impl::ExcludeDispatchKeyGuard without_autocast(c10::autocast_dispatch_keyset);
-    const auto numbers = ctx->saved_data["activation"].toDoubleVector();
-    const Activation activation{static_cast<Kind>(numbers[0]), numbers[1], numbers[2]};
-    const auto saves = static_cast<Saves>(numbers[3]);
+    Activation activation{static_cast<Kind>(ctx->saved_data["kind"].toInt()), 0, 0};
+    if (activation.has_numbers()) {
+      activation.a = ctx->saved_data["a"].toDouble();
+      activation.b = ctx->saved_data["b"].toDouble();
+    }
+    const auto saves = static_cast<Saves>(ctx->saved_data["saves"].toInt());
     const variable_list saved = ctx->get_saved_variables();
     const Recipe recipe = Recipe::saved(ctx);
     const auto node = get_current_node();
@@ -195,7 +203,7 @@ bool is_recorded(const Tensor& tensor) {
 bool saves_mask(const torch::autograd::Node& node) {
   const auto* activation = dynamic_cast<const torch::autograd::CppNode<ActivationFunction>*>(&node);
   return activation != nullptr &&
-      activation->ctx_.saved_data.at("activation").toDoubleVector()[3] == static_cast<double>(Saves::kMask);
+      activation->ctx_.saved_data.at("saves").toInt() == static_cast<int64_t>(Saves::kMask);
 }
 
 namespace {
@@ -264,13 +272,22 @@ Tensor recorded(Tensor input, const Activation& activation, bool in_place) {
 
 } // namespace
 
-Tensor activation(const Tensor& input, std::string_view kind, at::ArrayRef<double> numbers) {
-  const Activation function{kind_of(kind), numbers.empty() ? 0 : numbers[0], numbers.size() < 2 ? 0 : numbers[1]};
+std::vector<std::string> activation_kinds() {
+  return {kNames.begin(), kNames.end()};
+}
+
+Activation checked(int64_t kind, double a, double b) {
+  TORCH_CHECK_VALUE(kind >= 0 && kind < static_cast<int64_t>(kNames.size()), "activation: there is no kind ", kind);
+  return {static_cast<Kind>(kind), a, b};
+}
+
+Tensor activation(const Tensor& input, int64_t kind, double a, double b) {
+  const Activation function = checked(kind, a, b);
   return is_recorded(input) ? recorded(input, function, false) : function(input);
 }
 
-Tensor& activation_(Tensor& input, std::string_view kind, at::ArrayRef<double> numbers) {
-  const Activation function{kind_of(kind), numbers.empty() ? 0 : numbers[0], numbers.size() < 2 ? 0 : numbers[1]};
+Tensor& activation_(Tensor& input, int64_t kind, double a, double b) {
+  const Activation function = checked(kind, a, b);
   // Of a leaf PyTorch's own raises; of a view, it has to write the history of its base.
   if (is_recorded(input) && !input.is_leaf() && !input.is_view()) {
     recorded(input, function, true);
@@ -311,8 +328,9 @@ Tensor product(const Tensor& left, const Tensor& right) {
 }
 
 TORCH_LIBRARY_FRAGMENT(convbn_fx, library) {
-  library.def("activation(Tensor input, str kind, float[] numbers) -> Tensor");
-  library.def("activation_(Tensor(a!) input, str kind, float[] numbers) -> Tensor(a!)");
+  library.def("activation_kinds() -> str[]", activation_kinds);
+  library.def("activation(Tensor input, int kind, float a, float b) -> Tensor");
+  library.def("activation_(Tensor(a!) input, int kind, float a, float b) -> Tensor(a!)");
   library.def(
       "frozen_batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, float eps) "
       "-> Tensor");

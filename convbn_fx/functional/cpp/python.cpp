@@ -87,6 +87,29 @@ PyObject* conv_batch_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// An activation. Takes its arguments in the order of its schema.
+template <bool in_place>
+PyObject* activation(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 4, "activation: expected 4 arguments, got ", count);
+  using Given = std::conditional_t<in_place, Tensor&, const Tensor&>;
+  using Made = std::conditional_t<in_place, Tensor&, Tensor>;
+  static const auto operation = c10::Dispatcher::singleton()
+                                    .findSchemaOrThrow(in_place ? "convbn_fx::activation_" : "convbn_fx::activation", "")
+                                    .typed<Made(Given, int64_t, double, double)>();
+  Tensor input = tensor(args[0]);
+  const int64_t kind = PyLong_AsLongLong(args[1]);
+  const double a = PyFloat_AsDouble(args[2]), b = PyFloat_AsDouble(args[3]);
+  check_conversions();
+  Tensor output;
+  {
+    pybind11::gil_scoped_release without_lock;
+    output = operation.call(input, kind, a, b);
+  }
+  return THPVariable_Wrap(output);
+  END_HANDLE_TH_ERRORS
+}
+
 // The history of what stands for a convolution's output: asks what waits for the gradients of its operands.
 struct DeferredConvolution : Node {
   explicit DeferredConvolution(PyObject* waiting) : waiting_(py::reinterpret_borrow<py::object>(waiting)) {}
@@ -181,7 +204,11 @@ PyMethodDef method(const char* name, Function* function) {
 }
 
 PyMethodDef methods[] = {
-    method("conv_batch_norm", conv_batch_norm), method("stand_in", stand_in), {nullptr, nullptr, 0, nullptr}};
+    method("conv_batch_norm", conv_batch_norm),
+    method("stand_in", stand_in),
+    method("activation", activation<false>),
+    method("activation_", activation<true>),
+    {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "convbn_fx_native", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
