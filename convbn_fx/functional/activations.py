@@ -17,9 +17,8 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function
 
 from convbn_fx import _torch, kinds
-from convbn_fx._torch import has_any_global_hook
+from convbn_fx._torch import FakeTensor, has_any_global_hook
 from convbn_fx.functional import native
-from convbn_fx.functional.arithmetic import is_eager, is_plainly_fake
 from convbn_fx.operands import Activation, BatchNorm
 from convbn_fx.records import SavedLess
 
@@ -68,8 +67,11 @@ def activation(function: nn.Module | Activation, input: Tensor, /) -> Tensor:
         input, torch.fx.Proxy
     ):  # somebody traces a rewritten graph again (unpickling does): stay one node
         return handle_torch_function(activation, (input,), function, input)
-    output = activated(function, input) if is_bare(function) else None
-    return plain_activation(function, input) if output is None else output
+    if is_for_the_operator(input) and is_bare(function):
+        operands = function if isinstance(function, Activation) else _operands_of(function)
+        if operands is not None:
+            return activated(operands, input)
+    return plain_activation(function, input)
 
 
 def product(left: Tensor, right: Tensor, /) -> Tensor:
@@ -93,26 +95,34 @@ def product(left: Tensor, right: Tensor, /) -> Tensor:
 
 def multiplied(left: Any, right: Any) -> Tensor | None:
     """The product, saving less; None where it has to be computed as it is written."""
-    for factor in (left, right):
-        if not (isinstance(factor, Tensor) and factor.requires_grad and is_for_the_operator(factor)):
-            return None
+    if not (is_for_the_operator(left) and is_for_the_operator(right)):
+        return None
     return torch.ops.convbn_fx.product.default(left, right)  # type: ignore[no-any-return]
 
 
-def activated(function: nn.Module | Activation, input: Any) -> Tensor | None:
-    """What the activation makes of its input, saving less; None where it has to run as it is written."""
-    if not (isinstance(input, Tensor) and input.requires_grad and is_for_the_operator(input)):
-        return None
-    if not isinstance(function, Activation):
-        kind = kinds.activation_kind(function)
-        operands = None if kind is None else kind.operands(function)
-        if operands is None:
-            return None
-        function = operands
-    name, numbers, inplace = function
+def activated(operands: Activation, input: Tensor) -> Tensor:
+    """The activation by the operator, which it is for."""
+    kind, numbers, inplace = operands
     first, second, *_ = (*numbers, 0.0, 0.0)
-    run = native.activation_ if inplace else native.activation
-    return run(input, native.activation_kinds[name], first, second)
+    return (native.activation_ if inplace else native.activation)(
+        input, native.activation_kinds[kind], first, second
+    )
+
+
+def is_for_the_operator(input: Any) -> bool:
+    """Whether operations on it are recorded and just run: it is a plain tensor, or stands for one without memory."""
+    cls = type(input)
+    return (
+        (cls is Tensor or cls is FakeTensor)
+        and input.requires_grad
+        and native.operator is not None
+        and _torch.dispatch_modes() == (cls is FakeTensor)  # the fake tensors' own
+        and not _torch.are_transforms_active()
+        and not _torch.is_jit_tracing()
+        and not torch.compiler.is_compiling()
+        and not _torch.is_forward_ad_on()
+        and not _torch.is_legacy_batched(input)
+    )
 
 
 def what_is_saved(name: str, function: nn.Module | Activation | BatchNorm) -> SavedLess | None:
@@ -131,8 +141,7 @@ def what_is_saved(name: str, function: nn.Module | Activation | BatchNorm) -> Sa
         return SavedLess(name, "batch_norm", _RECOMPUTED)
     if isinstance(function, Activation):
         return SavedLess(name, function.kind, _saved_by(function))
-    kind = kinds.activation_kind(function)
-    operands = None if kind is None else kind.operands(function)
+    kind, operands = kinds.activation_kind(function), _operands_of(function)
     if kind is not None and operands is not None:
         return SavedLess(name, kind.name, _saved_by(operands))
     if kinds.is_gate(function):
@@ -170,6 +179,11 @@ _BY_OUTPUT: Final = frozenset(
 )
 
 
+def _operands_of(module: nn.Module) -> Activation | None:
+    kind = kinds.activation_kind(module)
+    return None if kind is None else kind.operands(module)
+
+
 def plain_activation(function: nn.Module | Activation, input: Tensor, /) -> Tensor:
     """The activation alone: the module called, or PyTorch's function."""
     if isinstance(function, Activation):
@@ -180,14 +194,3 @@ def plain_activation(function: nn.Module | Activation, input: Tensor, /) -> Tens
 def is_bare(function: Any) -> bool:
     """Whether calling it runs nothing but what it computes."""
     return not isinstance(function, nn.Module) or not (kinds.has_hooks(function) or has_any_global_hook())
-
-
-def is_for_the_operator(input: Tensor) -> bool:
-    """Whether an operation on a plain tensor (or one that stands for such, without memory) is recorded and just run."""
-    return (
-        native.operator is not None
-        and torch.is_grad_enabled()
-        and (is_eager(input) or is_plainly_fake(input))
-        and not _torch.is_forward_ad_on()
-        and not _torch.is_jit_tracing()
-    )

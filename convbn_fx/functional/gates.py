@@ -12,8 +12,8 @@ from convbn_fx.functional.activations import is_for_the_operator, multiplied
 
 def with_gated_input(forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """What a forward makes of its arguments, where products of the first of them save less."""
-    input = args[0] if args else None
-    if not (isinstance(input, Tensor) and input.requires_grad and is_for_the_operator(input)):
+    input: Any = args[0] if args else None
+    if not is_for_the_operator(input):
         return forward(*args, **kwargs)
     with _ProductsOf(input):
         return forward(*args, **kwargs)

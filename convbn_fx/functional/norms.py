@@ -81,7 +81,7 @@ def normalised(
         input: Its input.
         call: What calls the modules that are part of it.
     """
-    if not (isinstance(input, Tensor) and is_for_the_operator(input)):
+    if not is_for_the_operator(input):
         return None
     kind = FUNCTIONAL_BATCH_NORM if isinstance(norm, BatchNorm) else kinds.frozen_kind(norm)
     if kind is None or kind.promotes or not kind.accepts(input.ndim):

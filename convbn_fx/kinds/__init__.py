@@ -7,6 +7,7 @@ from convbn_fx.kinds.activations import ACTIVATION_FUNCTIONS
 from convbn_fx.kinds.classes import (
     TUNED_FROM,
     activation_kind,
+    activation_kind_of,
     batch_norm_kind,
     class_of,
     convolution_kind,
@@ -31,6 +32,7 @@ __all__ = [
     "BatchNormKind",
     "ConvolutionKind",
     "activation_kind",
+    "activation_kind_of",
     "batch_norm_kind",
     "class_of",
     "convolution_kind",

@@ -55,6 +55,11 @@ def activation_kind(module: nn.Module) -> ActivationKind | None:
     return _row_of(module, ACTIVATION_CLASSES)
 
 
+def activation_kind_of(cls: type[nn.Module]) -> ActivationKind | None:
+    """The row of an activation class, or None if its forward is not one that the table knows."""
+    return ACTIVATION_CLASSES.row(cls)
+
+
 def _row_of(module: nn.Module, table: "Classes[Row]") -> Row | None:
     cls: Any = type(module)
     cls = cls.__dict__.get(TUNED_FROM, cls)

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from convbn_fx import kinds
 from convbn_fx._torch import BatchNormBase
-from convbn_fx.functional.activations import activated
+from convbn_fx.functional.activations import activated, is_for_the_operator
 from convbn_fx.functional.gates import with_gated_input
 from convbn_fx.functional.norms import normalised
 from convbn_fx.fx.copying import PART_OF_PAIR, derived
@@ -74,29 +74,35 @@ def _batch_norm_forward(cls: type[nn.Module], name: str) -> Callable[..., Any]:
 
 
 def _activation_forward(cls: type[nn.Module], name: str) -> Callable[..., Any]:
-    return _saving_less(cls, name, activated)
+    known = getattr(cls, name)
+    kind = kinds.activation_kind_of(cls)
+
+    @functools.wraps(known)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        original = getattr(cls, name)
+        if original is known and len(args) == 1 and not kwargs and is_for_the_operator(args[0]):
+            operands = None if kind is None else kind.operands(self)
+            if operands is not None:
+                return activated(operands, *args)
+        return original(self, *args, **kwargs)
+
+    return forward
 
 
 def _batch_norm_that_stays_forward(cls: type[nn.Module], name: str) -> Callable[..., Any]:
-    return _saving_less(cls, name, functools.partial(normalised, call=operator.call))
+    @functools.wraps(getattr(cls, name))
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and (output := normalised(self, *args, operator.call)) is not None:
+            return output
+        return getattr(cls, name)(self, *args, **kwargs)
+
+    return forward
 
 
 def _gate_forward(cls: type[nn.Module], name: str) -> Callable[..., Any]:
     @functools.wraps(getattr(cls, name))
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return with_gated_input(functools.partial(getattr(cls, name), self), *args, **kwargs)
-
-    return forward
-
-
-def _saving_less(
-    cls: type[nn.Module], name: str, function: Callable[[Any, Any], Tensor | None]
-) -> Callable[..., Any]:
-    @functools.wraps(getattr(cls, name))
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and (output := function(self, args[0])) is not None:
-            return output
-        return getattr(cls, name)(self, *args, **kwargs)
 
     return forward
 
