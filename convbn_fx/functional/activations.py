@@ -144,7 +144,7 @@ def what_is_saved(name: str, function: nn.Module | Activation | BatchNorm) -> Sa
     kind, operands = kinds.activation_kind(function), _operands_of(function)
     if kind is not None and operands is not None:
         return SavedLess(name, kind.name, _saved_by(operands))
-    if kinds.is_gate(function):
+    if kinds.is_gated(function):
         return SavedLess(name, type(function).__name__, PRODUCT)
     norm = kinds.frozen_kind(function)
     return None if norm is None or norm.promotes else SavedLess(name, norm.name, _RECOMPUTED)

@@ -101,7 +101,7 @@ def _of_module(node: Node, root: nn.Module) -> _Found | None:
     if len(inputs) != 1 or not isinstance(inputs[0], Node) or not node.kwargs.keys() <= {"input", "x"}:
         return None
     record = what_is_saved(name, module)
-    if record is None or kinds.is_gate(module):
+    if record is None or kinds.is_gated(module):
         return None
     target: Any = activation if kinds.activation_kind(module) is not None else batch_norm_that_stays
     return target, record, name, inputs[0]

@@ -13,6 +13,7 @@ from convbn_fx.kinds.classes import (
     convolution_kind,
     frozen_kind,
     has_hooks,
+    is_gated,
     may_hold_batch_norm,
     multiplies_and_adds,
     resembles_batch_norm,
@@ -21,7 +22,6 @@ from convbn_fx.kinds.classes import (
 from convbn_fx.kinds.functions import BATCH_NORM_FUNCTIONS, CONVOLUTION_FUNCTIONS
 from convbn_fx.kinds.registration import register_activation, register_batch_norm, register_conv
 from convbn_fx.kinds.rows import ActivationKind, BatchNormKind, ConvolutionKind
-from convbn_fx.kinds.third_party import is_gate
 
 __all__ = [
     "ACTIVATION_FUNCTIONS",
@@ -38,7 +38,7 @@ __all__ = [
     "convolution_kind",
     "frozen_kind",
     "has_hooks",
-    "is_gate",
+    "is_gated",
     "may_hold_batch_norm",
     "multiplies_and_adds",
     "register_activation",

@@ -55,6 +55,14 @@ def activation_kind(module: nn.Module) -> ActivationKind | None:
     return _row_of(module, ACTIVATION_CLASSES)
 
 
+def is_gated(module: nn.Module) -> bool:
+    """Whether the module is a squeeze-and-excite module, which multiplies its input by what its last child returns."""
+    if not third_party.is_gated(class_of(module)):
+        return False
+    *_, gate = module.children()
+    return activation_kind(gate) is not None
+
+
 def activation_kind_of(cls: type[nn.Module]) -> ActivationKind | None:
     """The row of an activation class, or None if its forward is not one that the table knows."""
     return ACTIVATION_CLASSES.row(cls)

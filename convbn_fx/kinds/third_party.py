@@ -131,19 +131,19 @@ ACTIVATIONS: Final[dict[str, str]] = {
 }
 
 
-#: Qualified names of modules that multiply their input by a gate.
-GATES: Final = (
-    "timm.layers.squeeze_excite.*",
-    "timm.layers.eca.*",
-    "timm.models.*SqueezeExcite*",
+#: Qualified names of squeeze-and-excite modules: they multiply their input by what their last child returns.
+GATED: Final = (
+    "timm.layers.squeeze_excite.SEModule",
+    "timm.layers.squeeze_excite.EffectiveSEModule",
+    "timm.models._efficientnet_blocks.SqueezeExcite",
+    "timm.models.senet.SEModule",
     "torchvision.ops.misc.SqueezeExcitation",
 )
 
 
-def is_gate(module: object) -> bool:
-    """Whether the module's class is one that multiplies its input by a gate."""
-    name = f"{type(module).__module__}.{type(module).__qualname__}"
-    return any(fnmatchcase(name, pattern) for pattern in GATES)
+def is_gated(cls: type) -> bool:
+    """Whether a class is one of those."""
+    return f"{cls.__module__}.{cls.__qualname__}" in GATED
 
 
 def activation_kind(cls: type) -> str | None:

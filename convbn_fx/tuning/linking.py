@@ -139,15 +139,15 @@ def save_less_in(
             continue
         if any(question.is_answered_otherwise({kinds.class_of(module)}) for question in questions):
             continue
-        give_role(module, _role_of(module))
+        if kinds.is_gated(module):
+            *_, gate = module.children()
+            give_role(gate, "gate")
+            give_role(module, "gated")
+        else:
+            is_activation = kinds.activation_kind(module) is not None
+            give_role(module, "activation" if is_activation else "batch_norm_that_stays")
         records.append(record)
     return records
-
-
-def _role_of(module: nn.Module) -> str:
-    if kinds.activation_kind(module) is not None:
-        return "activation"
-    return "gate" if kinds.is_gate(module) else "batch_norm_that_stays"
 
 
 @dataclass

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from convbn_fx import kinds
-from convbn_fx._torch import BatchNormBase
+from convbn_fx._torch import BatchNormBase, has_any_global_hook
+from convbn_fx.functional import gates
 from convbn_fx.functional.activations import activated, is_for_the_operator
-from convbn_fx.functional.gates import with_gated_input
 from convbn_fx.functional.norms import normalised
 from convbn_fx.fx.copying import PART_OF_PAIR, derived
 from convbn_fx.tuning.deferred import Deferred, Scope, Uncounted, defer, materialized, running
@@ -100,9 +100,29 @@ def _batch_norm_that_stays_forward(cls: type[nn.Module], name: str) -> Callable[
 
 
 def _gate_forward(cls: type[nn.Module], name: str) -> Callable[..., Any]:
+    activation_forward = _activation_forward(cls, name)
+
     @functools.wraps(getattr(cls, name))
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return with_gated_input(functools.partial(getattr(cls, name), self), *args, **kwargs)
+        output = activation_forward(self, *args, **kwargs)
+        if not gates.running.depth or kinds.has_hooks(self) or has_any_global_hook():
+            return output
+        return gates.Gate(output) if is_for_the_operator(output) else output
+
+    return forward
+
+
+def _gated_forward(cls: type[nn.Module], name: str) -> Callable[..., Any]:
+    @functools.wraps(getattr(cls, name))
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        original = getattr(cls, name)
+        if torch.compiler.is_compiling():
+            return original(self, *args, **kwargs)
+        gates.running.depth += 1
+        try:
+            return gates.without_gate(original(self, *args, **kwargs))
+        finally:
+            gates.running.depth -= 1
 
     return forward
 
@@ -172,6 +192,7 @@ _REPLACEMENTS: Final[dict[str, Callable[[type[nn.Module], str], Callable[..., An
     "activation": _activation_forward,
     "batch_norm_that_stays": _batch_norm_that_stays_forward,
     "gate": _gate_forward,
+    "gated": _gated_forward,
     "owner": _owning_method,
 }
 
@@ -181,8 +202,8 @@ def give_role(module: nn.Module, role: str, methods: frozenset[str] = frozenset(
 
     Args:
         module: The module. If it plays the role already, the methods are added.
-        role: `convolution`, `batch_norm`, `activation`, `batch_norm_that_stays`, `gate` or `owner`; the last also for a
-            module that calls functions of pairs, or is called between such functions.
+        role: `convolution`, `batch_norm`, `activation`, `batch_norm_that_stays`, `gate`, `gated` or `owner`; the last
+            also for a module that calls functions of pairs, or is called between such functions.
         methods: For an owner, names of the methods that run both members of a pair.
     """
     cls = type(module)
