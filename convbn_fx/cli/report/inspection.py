@@ -214,12 +214,11 @@ def _members(model: nn.Module, pairs: Iterable[Pair]) -> dict[Pair, tuple[nn.Mod
         conv, norm = modules.get(pair.convolution), modules.get(pair.batch_norm)
         if conv is None or norm is None:
             continue
-        conv_kind, norm_kind = convolution_kind(conv), batch_norm_kind(norm)
-        found = (conv_kind and conv_kind.name, norm_kind and norm_kind.name)
-        if found == (
+        names = [kind and kind.name for kind in (convolution_kind(conv), batch_norm_kind(norm))]
+        if names == [
             pair.convolution_kind,
             pair.batch_norm_kind,
-        ):  # a function's node may have the name of a module
+        ]:  # else a function's node has a module's name
             members[pair] = conv, norm
     return members
 

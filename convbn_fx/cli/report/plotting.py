@@ -1,8 +1,6 @@
 """The picture in a report: the memory of each pair before and after, and the coefficients' histogram."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
 from typing import Any, Final
@@ -31,7 +29,9 @@ def plot(inspection: Inspection, path: Path) -> None:
         inspection: What `inspect_model` returned.
         path: Where to; the suffix is one of `PICTURE_FORMATS`.
     """
-    with _styled({}):
+    import matplotlib.style as mpl
+
+    with mpl.context(_STYLE, after_reset=True):  # whatever the user's own is
         metadata = _NO_METADATA if path.suffix.lower() == ".svg" else None
         _figure(inspection, with_heading=True).savefig(path, dpi=150, metadata=metadata)
 
@@ -39,32 +39,21 @@ def plot(inspection: Inspection, path: Path) -> None:
 def inline_svg(inspection: Inspection) -> str:
     """The same picture as an `<svg>` element, its text escaped: on a page's background, in the colour of its text."""
     file = StringIO()
-    with _styled(dict.fromkeys(_COLORED, _TEXT_COLOR) | {"savefig.transparent": True}):
+    import matplotlib.style as mpl
+
+    with mpl.context(_STYLE | _ON_A_PAGE, after_reset=True):
         _figure(inspection, with_heading=False).savefig(file, format="svg", metadata=_NO_METADATA)
     svg = file.getvalue()
     return svg[svg.index("<svg") :].replace(_TEXT_COLOR, "currentColor")
 
 
-_COLORED: Final = (
-    *("text.color", "xtick.color", "ytick.color"),
-    *("axes.edgecolor", "axes.labelcolor", "axes.titlecolor"),
-)
 _TEXT_COLOR: Final = "#0a0b0c"  # any colour that is nowhere else
-
-
+_ON_A_PAGE: Final = {
+    **dict.fromkeys(("text.color", "xtick.color", "ytick.color"), _TEXT_COLOR),
+    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "axes.titlecolor"), _TEXT_COLOR),
+    "savefig.transparent": True,
+}
 _NO_METADATA: Final = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-
-
-@contextmanager
-def _styled(more: dict[str, Any]) -> Iterator[None]:
-    """Matplotlib's own style and ours, whatever the user's is."""
-    import matplotlib as mpl
-
-    with mpl.rc_context():
-        mpl.rcdefaults()
-        for name, value in (_STYLE | more).items():
-            mpl.rcParams[name] = value  # type: ignore[index] # any string
-        yield
 
 
 _STYLE: Final = {

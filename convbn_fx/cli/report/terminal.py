@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from convbn_fx.cli import html_page
 from convbn_fx.cli.report import tables
 from convbn_fx.cli.report.coefficients import FLOAT16_CURE
 from convbn_fx.cli.report.inspection import Inspection
@@ -66,30 +67,12 @@ def _table(content: tables.Table) -> Table:
     return table
 
 
-def write_html(inspection: Inspection, path: str | Path) -> None:
+def write_html(inspection: Inspection, path: Path) -> None:
     """Writes a page that needs nothing but itself: the tables, and the picture inside of it."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=PackageLoader("convbn_fx.cli.report", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    picture = Markup(inline_svg(inspection))  # noqa: S704 - matplotlib escapes the text in it
+    written = html_page(
+        "report/report.html", inspection=inspection, tables=tables, picture=picture, cure=FLOAT16_CURE
     )
-    page = environment.get_template("report.html").render(
-        heading=tables.heading(inspection),
-        summary=inspection.report.summary,
-        totals=None if inspection.saved is None else tables.totals(inspection.saved),
-        uncounted=tables.uncounted(inspection),
-        pairs=tables.pairs(inspection),
-        remarks=tables.remarks(inspection),
-        picture=Markup(inline_svg(inspection)),  # noqa: S704 - matplotlib escapes the text in it
-        refusals=tables.refusals(inspection),
-        warnings_title=tables.WARNINGS_TITLE,
-        warnings_explanation=tables.WARNINGS_EXPLANATION,
-        warnings=tables.warnings(inspection),
-        float16_cure=FLOAT16_CURE,
-    )
-    Path(path).write_text(page, encoding="utf-8")
+    path.write_text(written, encoding="utf-8")

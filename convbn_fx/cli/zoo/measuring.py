@@ -3,15 +3,13 @@
 import copy
 import itertools
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Final
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 import convbn_fx
 from convbn_fx._torch import pytree
@@ -157,38 +155,25 @@ def _with_structure(row: Row, subject: Subject, settings: Settings) -> Row:
     tuned, deployed = tuned_and_deployed(model)
     report = convbn_fx.report(tuned)
     refused = {reason.name: count for reason, count in report.reasons.items()}
-    row = replace(row, fused=len(report.fused), refused=refused)
     in_eval_mode, in_tune_mode, in_deploy_mode = (
         saved_bytes(each.get_submodule(subject.body), *inputs, fake=device.type != "meta")
         for each in (model, tuned, deployed)
     )
+    row = replace(row, fused=len(report.fused), refused=refused, input=describe(subject, inputs))
     row = replace(row, bytes_eval=in_eval_mode, bytes_tune=in_tune_mode, bytes_deploy=in_deploy_mode)
-    row = replace(row, input=describe(subject, inputs))
     if in_tune_mode > in_eval_mode:
         return replace(row, status=Status.FAIL, detail="tuned, it saves more bytes than before")
     return row
 
 
-class _BatchNormWatcher(TorchFunctionMode):
-    """Notices calls of the function that every batch norm ends in."""
-
-    called = False
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self.called |= func in (F.batch_norm, torch.batch_norm)
-        return func(*args, **(kwargs or {}))
-
-
 def _normalises(model: nn.Module, body: str, inputs: tuple[Any, ...]) -> bool:
     """Whether a forward without batch norm modules calls the function itself; to look for pairs takes longer."""
-    try:
-        with torch.no_grad(), _BatchNormWatcher() as watcher:
+    try:  # F.batch_norm ends in this function, too
+        with torch.no_grad(), mock.patch.object(torch, "batch_norm", wraps=torch.batch_norm) as function:
             model.get_submodule(body)(*inputs)
     except Exception:  # noqa: BLE001 - it may yet be looked through
         return True
-    return bool(watcher.called)
+    return bool(function.called)
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -246,7 +231,8 @@ def compare_numbers(subject: Subject, side: int | None, seed: int) -> Numbers:
     doubles = pytree.tree_map_only(
         Tensor, lambda each: each.double() if each.is_floating_point() else each, images
     )
-    with _never_apart():
+    # In images this small, many pairs would run as in Eval mode for the sake of time.
+    with mock.patch.dict(COSTS, cpu=Costs(fixed=0, weight_per_output=math.inf)):
         comparison = compare(double, tuned_double, *doubles, per_module=True)
     if any(comparison.state.values()):
         changed = max(comparison.state, key=lambda name: comparison.state[name])
@@ -264,17 +250,6 @@ def compare_numbers(subject: Subject, side: int | None, seed: int) -> Numbers:
         float32_error_tune=in_tune_mode,
         float32_error_eval=in_eval_mode,
     )
-
-
-@contextmanager
-def _never_apart() -> Iterator[None]:
-    """A context in which no pair runs as in Eval mode for the sake of time, as many would in images this small."""
-    shipped = COSTS["cpu"]
-    COSTS["cpu"] = Costs(fixed=0, weight_per_output=math.inf)
-    try:
-        yield
-    finally:
-        COSTS["cpu"] = shipped
 
 
 def _calibrate(model: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -319,9 +294,9 @@ def _tensors(outputs: Any) -> list[Tensor]:
 
 
 def _worst_error(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
-    worst = 0.0
-    for ours, theirs in zip(found, expected, strict=True):
-        if theirs.is_floating_point() and not torch.equal(wide := ours.double(), theirs):
-            error = ((wide - theirs).abs().max() / theirs.abs().max()).item()
-            worst = math.nan if math.isnan(error) or math.isnan(worst) else max(worst, error)
-    return worst
+    errors = [
+        ((ours.double() - theirs).abs().max() / theirs.abs().max()).item()
+        for ours, theirs in zip(found, expected, strict=True)
+        if theirs.is_floating_point() and not torch.equal(ours.double(), theirs)
+    ]
+    return math.nan if any(map(math.isnan, errors)) else max(errors, default=0.0)

@@ -10,8 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
+from convbn_fx.cli import html_page
 from convbn_fx.cli.zoo.results import ERRORS, Row
 from convbn_fx.cli.zoo.summary import UNMEASURED, explanation, percent, saved, summarize
 
@@ -113,21 +112,16 @@ def render_page(rows: list[Row], *, title: str, source: str) -> str:
     Returns:
         HTML.
     """
-    environment = Environment(
-        loader=PackageLoader("convbn_fx.cli.zoo", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(percent=percent, explanation=explanation, reason=_reason)
-    return environment.get_template("page.html").render(
+    return html_page(
+        "zoo/page.html",
         title=title,
         source=source,
         summary=summarize(rows),
         errors=ERRORS,
         unmeasured=UNMEASURED,
+        percent=percent,
+        explanation=explanation,
+        reason=_reason,
         columns=_COLUMNS,
         groups=[(name, width) for (name, _), width in _GROUPS.items()],
         models=[[column.cell(row) for column in _COLUMNS] for row in sorted(rows, key=lambda row: row.name)],
