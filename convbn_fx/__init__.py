@@ -11,13 +11,14 @@ if TYPE_CHECKING:
     from convbn_fx import functional, kinds, memory, operands, testing
     from convbn_fx.api import deploy, report, transform, tune, untune
     from convbn_fx.fx.tracing import TracingError, symbolic_trace
-    from convbn_fx.kinds import register_batch_norm, register_conv
+    from convbn_fx.kinds import register_activation, register_batch_norm, register_conv
     from convbn_fx.kinds.modes import batchnorm_mode
-    from convbn_fx.records import Pair, Report, Skip, SkipReason
+    from convbn_fx.records import Pair, Report, SavedLess, Skip, SkipReason
 
 __all__ = [
     "Pair",
     "Report",
+    "SavedLess",
     "Skip",
     "SkipReason",
     "TracingError",
@@ -27,6 +28,7 @@ __all__ = [
     "kinds",
     "memory",
     "operands",
+    "register_activation",
     "register_batch_norm",
     "register_conv",
     "report",
@@ -41,11 +43,13 @@ __version__ = "0.1.0"
 _LIES_IN: Final = {
     "Pair": "records",
     "Report": "records",
+    "SavedLess": "records",
     "Skip": "records",
     "SkipReason": "records",
     "TracingError": "fx.tracing",
     "batchnorm_mode": "kinds.modes",
     "deploy": "api",
+    "register_activation": "kinds",
     "register_batch_norm": "kinds",
     "register_conv": "kinds",
     "report": "api",

@@ -55,7 +55,7 @@ def activation(function: nn.Module | Activation, input: Tensor, /) -> Tensor:
     Example:
         ```python
         import torch
-        from convbn_fx.functional import activation
+        from convbn_fx.functional.activations import activation
         from convbn_fx.operands import Activation
 
         x = torch.randn(2, 8, requires_grad=True)

@@ -143,7 +143,7 @@ def register_activation(
             def forward(self, x):
                 return torch.nn.functional.silu(x)
 
-        convbn_fx.kinds.register_activation(Swish, operands=lambda module: Activation("silu"))
+        convbn_fx.register_activation(Swish, operands=lambda module: Activation("silu"))
         model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), Swish()).eval()
         assert [each.name for each in convbn_fx.report(convbn_fx.tune(model)).activations] == ["2"]
         ```
