@@ -67,7 +67,7 @@ def plain_operations(monkeypatch):
     """As where there is no compiler."""
     monkeypatch.setenv("CONVBN_FX_NATIVE", "0")
     monkeypatch.setattr(native, "operator", None)
-    monkeypatch.setattr(native, "stand_in", None)
+    monkeypatch.setattr(native, "calls", None)
 
 
 @pytest.fixture

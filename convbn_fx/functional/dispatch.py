@@ -6,7 +6,6 @@ The arithmetic is in [`arithmetic`][convbn_fx.functional.arithmetic], its autogr
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from typing import Any, Final
 
 import torch
@@ -79,8 +78,9 @@ def conv_batch_norm(
         if proxies:  # somebody traces a rewritten graph again (unpickling does): stay one node
             return handle_torch_function(conv_batch_norm, proxies, conv, norm, *args, **kwargs)
     norm_kind = fusible_kind(norm)
-    if norm_kind is not None and (read := _convolution_reader(conv)) is not None:
-        input, operands = read(*args, **kwargs)
+    read = None if norm_kind is None else _read_convolution(conv, args, kwargs)
+    if norm_kind is not None and read is not None:
+        input, operands = read
         normalised = normalised_convolution(input, operands, batch_norm_operands(norm, norm_kind), norm_kind)
         if normalised is not None:
             return with_epilogue(norm, norm_kind, normalised, activation)
@@ -129,14 +129,16 @@ def _are_for_the_operator(
     input: Tensor, conv: Convolution, norm: BatchNorm, norm_kind: BatchNormKind
 ) -> bool:
     """Whether plain tensors are just to be computed with: by the operator, which looks at dtypes, shapes, sizes."""
-    _, weight, bias, *_ = conv
-    mean, variance, gamma, beta, _ = norm
-    fake = is_plainly_fake(input)
-    for tensor in (weight, bias, gamma, beta, mean, variance):
-        if not (tensor is None or (type(tensor) is FakeTensor if fake else type(tensor) in _PLAIN)):
-            return False
-    if not (fake or is_eager(input)) or _torch.is_forward_ad_on() or norm_kind.promotes:
+    if type(input) is Tensor:
+        is_run, plain = is_eager(input), _PLAIN
+    else:
+        is_run, plain = is_plainly_fake(input), _FAKE
+    if not is_run or _torch.is_forward_ad_on() or norm_kind.promotes:
         return False
+    weight, (mean, variance, gamma, beta, _) = conv.weight, norm
+    for tensor in (weight, conv.bias, gamma, beta, mean, variance):
+        if tensor is not None and type(tensor) not in plain:
+            return False
     if not (weight.requires_grad or gamma is None) and _trains_gamma_alone(input, conv, norm):
         return not torch.is_grad_enabled()  # Eval mode may save less: the sizes of storages tell
     return conv.op != "convolution" or autocast_state(input.device.type) is None
@@ -160,14 +162,17 @@ def with_epilogue(
 # --- May the modules be bypassed? --------------------------------------------------------------------------------
 
 
-def _convolution_reader(conv: nn.Module | Convolution) -> Callable[..., tuple[Any, Convolution]] | None:
-    """How to read the operands of a call, or None where calling the module does something this file cannot know."""
+def _read_convolution(
+    conv: nn.Module | Convolution, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, Convolution] | None:
+    """The operands of a call, or None where calling the module does something this file cannot know."""
     if has_any_global_hook() or _torch.is_jit_tracing():  # of torch.jit
         return None
     if isinstance(conv, Convolution):
-        return lambda input: (input, conv)
+        (input,) = args
+        return input, conv
     kind = kinds.convolution_kind(conv)
-    return None if kind is None or kinds.has_hooks(conv) else partial(kind.operands, conv)
+    return None if kind is None or kinds.has_hooks(conv) else kind.operands(conv, *args, **kwargs)
 
 
 FUNCTIONAL_BATCH_NORM: Final = kinds.BATCH_NORM_FUNCTIONS[F.batch_norm]
@@ -296,6 +301,7 @@ _FUSED: Final = {
 
 
 _PLAIN: Final = frozenset({Tensor, nn.Parameter})
+_FAKE: Final = frozenset({FakeTensor})
 
 
 def are_plain(*tensors: Tensor | None) -> bool:

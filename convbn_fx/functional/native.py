@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch.nn import functional as F
@@ -43,8 +43,8 @@ activation: Callable[..., torch.Tensor]
 activation_: Callable[..., torch.Tensor]
 activation_kinds: dict[str, int] = {}
 
-#: What makes a tensor without memory that stands for a convolution's output; None where it is not loaded.
-stand_in: Callable[..., torch.Tensor] | None = None
+#: What Python calls without boxes (`cpp/python.cpp`); None where it is not loaded.
+calls: Any = None
 
 _building: Final = threading.Lock()
 _has_been_tried = False
@@ -77,7 +77,7 @@ def library() -> Path:
 
 def load() -> bool:
     """Loads the operator if there is a build. Returns whether it is loaded."""
-    global operator, stand_in, activation, activation_  # noqa: PLW0603 - what a call finds soonest are a module's attributes
+    global operator, calls, activation, activation_  # noqa: PLW0603 - what a call finds soonest are a module's attributes
     if operator is None and wish() != "0":
         with suppress(
             OSError, RuntimeError
@@ -93,7 +93,6 @@ def load() -> bool:
                 with suppress(ImportError):  # it was built without headers of Python's
                     calls = module_from_spec(spec)  # type: ignore[arg-type] # the file is there
                     activation, activation_ = calls.activation, calls.activation_
-                    operator, stand_in = calls.conv_batch_norm, calls.stand_in
     return operator is not None
 
 
@@ -249,6 +248,8 @@ def fused_convolution(input: torch.Tensor, conv: Convolution, norm: BatchNorm) -
         conv: The convolution.
         norm: The batch norm with frozen statistics.
     """
+    if calls is not None and type(conv.padding) is not str:
+        return calls.conv_batch_norm(input, conv, norm)  # type: ignore[no-any-return]
     _, weight, bias, stride, padding, dilation, transposed, output_padding, groups = conv
     mean, variance, gamma, beta, eps = norm
     if weight.ndim == 2:

@@ -174,32 +174,28 @@ def defer(input: Any, conv: Convolution, pairing: Pairing, surroundings: Surroun
     Returns:
         What stands for the convolution's output; the output itself where that is better computed here.
     """
-    weight, bias = conv.weight, conv.bias
     # A change of the input has to show, and forward-mode AD has to know what is computed.
     if not isinstance(input, Tensor) or input.is_inference() or _torch.is_forward_ad_on():
         return convolution(conv, input)
-    dtype = computing_dtype(input, conv)
-    if dtype is None or input.ndim != weight.ndim:
-        return convolution(conv, input)
-    shape = output_shape(input, weight, conv)
-    trains = surroundings[0] and (
-        weight.requires_grad or input.requires_grad or (bias is not None and bias.requires_grad)
-    )
-    # Where no gradient needs the input, it would live as long as what stands for a smaller output.
-    if min(shape) < 1 or not (trains or math.prod(shape) >= input.numel()):
-        return convolution(conv, input)
     waiting = Waiting(input, conv, pairing, surroundings)
+    # For Python to look at are autocast, modes, function transforms, and padding that is "same" or "valid".
+    if (
+        native.calls is not None
+        and waiting.autocast is None
+        and surroundings[-2:] == (0, None)
+        and type(conv.padding) is not str
+    ):
+        deferred = native.calls.stand_in(waiting, input, conv)
+    else:
+        deferred = _stand_in(waiting)
+    if deferred is None:
+        return convolution(conv, input)
+    deferred.__class__ = Deferred
+    deferred.waiting = waiting
     for scope in pairing.scopes:
         if scope.calls:
             scope.calls[-1][1].append(weakref.ref(waiting))
-    if native.stand_in is not None and surroundings[-2:] == (0, None):  # no mode and no function transform
-        deferred: Any = native.stand_in(waiting, input, weight, bias, shape, dtype)
-        deferred.__class__ = Deferred
-        deferred.waiting = waiting
-        return deferred
-    if trains and waiting.is_differentiable:
-        return _Differentiable.apply(input, weight, bias, (waiting, shape, dtype))
-    return _without_history(waiting, shape, dtype)
+    return deferred
 
 
 def _unforeseen(what: str) -> str:
@@ -256,10 +252,11 @@ class Waiting:
         """What the batch norm makes of the output; None where it has to look at the output itself."""
         if self.output is not None or self.surroundings != _surroundings():
             return None
+        input, conv = self.input, self.conv
         kind = fusible_kind(norm)
-        if kind is None or self.autocast != autocast_of(self.input) or not self._is_unchanged():
+        if kind is None or self.autocast != autocast_of(input) or not self._is_unchanged():
             return None
-        normalised = normalised_convolution(self.input, self.conv, batch_norm_operands(norm, kind), kind)
+        normalised = normalised_convolution(input, conv, batch_norm_operands(norm, kind), kind)
         return None if normalised is None else with_epilogue(norm, kind, normalised, operator.call)
 
     def materialized(self) -> Tensor:
@@ -380,19 +377,33 @@ def _values(deferred: Deferred) -> Tensor:
     return deferred.waiting.materialized().detach()
 
 
-def _without_history(waiting: Waiting, shape: tuple[int, ...], dtype: torch.dtype) -> Deferred:
-    deferred: Deferred = torch.Tensor._make_wrapper_subclass(
-        Deferred, shape, dtype=dtype, device=waiting.input.device
+def _stand_in(waiting: Waiting) -> Any:
+    """What stands for a convolution's output; None where that is better computed at once."""
+    input, conv = waiting.input, waiting.conv
+    dtype = computing_dtype(input, conv)
+    if dtype is None or input.ndim != conv.weight.ndim:
+        return None
+    shape = output_shape(input, conv.weight, conv)
+    trains = waiting.surroundings[0] and any(
+        tensor is not None and tensor.requires_grad for tensor in (input, conv.weight, conv.bias)
     )
-    deferred.waiting = waiting
-    return deferred
+    # Where no gradient needs the input, it would live as long as what stands for a smaller output.
+    if min(shape) < 1 or not (trains or math.prod(shape) >= input.numel()):
+        return None
+    if trains and waiting.is_differentiable:
+        return _Differentiable.apply(input, conv.weight, conv.bias, (waiting, shape, dtype))
+    return _without_history(waiting, shape, dtype)
+
+
+def _without_history(waiting: Waiting, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.Tensor._make_wrapper_subclass(Deferred, shape, dtype=dtype, device=waiting.input.device)
 
 
 class _Differentiable(torch.autograd.Function):
     """Makes what stands for a convolution's output, with the convolution's gradients."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Deferred:
+    def forward(ctx: Any, *args: Any) -> Tensor:
         *_, metadata = args  # in a tuple, because gradients are not for it
         ctx.waiting = metadata[0]
         return _without_history(*metadata)

@@ -11,8 +11,10 @@ from torch.utils.checkpoint import checkpoint
 from tree_parts import Swish
 
 from convbn_fx.functional import native
+from convbn_fx.operands import Convolution
 from convbn_fx.testing import assert_equivalent
 from convbn_fx.tuning import deferred as deferral
+from convbn_fx.tuning.deferred import Pairing
 
 X = data(2, 3, 6, 6)
 
@@ -79,7 +81,7 @@ def both(reader):
 def made(request, monkeypatch):
     """What stands for an output is made in both ways, whichever there are."""
     if request.param == "in Python":
-        monkeypatch.setattr(native, "stand_in", None)
+        monkeypatch.setattr(native, "calls", None)
 
 
 READERS = {
@@ -384,20 +386,72 @@ def test_an_error_in_the_gradients_is_the_caller_s():
 
 
 def test_what_takes_its_memory_raises():
-    if native.stand_in is None:
+    if native.calls is None:
         pytest.skip("the operator is not built: make setup")
-    weight = torch.ones(4, 3, 3, 3)
-    output = native.stand_in(None, X.float(), weight, None, (2, 4, 4, 4), torch.float32)
+    conv = Convolution("conv2d", torch.ones(4, 3, 3, 3))
+    x = X.float().requires_grad_()
+    output = native.calls.stand_in(None, x, conv)
     with pytest.raises(RuntimeError, match="data"):
         output.data_ptr()
-    with pytest.raises(TypeError, match="6 arguments"):
-        native.stand_in(None)
+    with pytest.raises(TypeError, match="3 arguments"):
+        native.calls.stand_in(None)
     with pytest.raises(TypeError, match="expected a tensor, got int"):
-        native.stand_in(None, 1, weight, None, (2, 4, 4, 4), torch.float32)
-    with pytest.raises(TypeError, match="expected a tuple, got list"):
-        native.stand_in(None, X, weight, None, [2, 4, 4, 4], torch.float32)
-    with pytest.raises(TypeError, match="expected a dtype, got int"):
-        native.stand_in(None, X, weight, None, (2, 4, 4, 4), 1)
+        native.calls.stand_in(None, 1, conv)
+    with pytest.raises(TypeError, match="expected numbers, got str"):
+        native.calls.stand_in(None, x, conv._replace(padding="same"))
+    with pytest.raises(TypeError, match="9 operands"):
+        native.calls.stand_in(None, x, conv[1:])
+
+
+SIZES = {
+    "1d": (Convolution("conv1d", torch.ones(4, 3, 3), stride=(2,), padding=(1,)), (2, 3, 6)),
+    "a list": (Convolution("conv2d", torch.ones(4, 3, 3, 2), stride=[2, 1], padding=[1, 0]), (2, 3, 6, 7)),
+    "3d": (Convolution("conv3d", torch.ones(6, 1, 3, 1, 2), dilation=2, groups=3), (1, 3, 6, 7, 8)),
+    "transposed": (
+        Convolution("conv_transpose2d", torch.ones(6, 2, 3, 3), None, 3, 1, 2, True, (1, 2), 3),
+        (2, 6, 5, 4),
+    ),
+    "linear": (Convolution("linear", torch.ones(4, 3)), (2, 3)),
+    "channels differ": (Convolution("conv2d", torch.ones(4, 2, 3, 3)), (2, 3, 6, 6)),
+    "channels of a transposed one differ": (
+        Convolution("conv_transpose2d", torch.ones(4, 2, 3, 3), transposed=True),
+        (2, 3, 6, 6),
+    ),
+    "ranks differ": (Convolution("conv2d", torch.ones(4, 3, 3, 3)), (3, 6, 6)),
+    "dtypes differ": (Convolution("conv2d", torch.ones(4, 3, 3, 3).double()), (2, 3, 6, 6)),
+    "the bias's dtype differs": (
+        Convolution("conv2d", torch.ones(4, 3, 3, 3), torch.ones(4).double()),
+        (2, 3, 6, 6),
+    ),
+    "nothing in the batch": (Convolution("conv2d", torch.ones(4, 3, 3, 3)), (0, 3, 6, 6)),
+    "the kernel is larger": (Convolution("conv2d", torch.ones(4, 3, 3, 3), stride=2), (1, 3, 2, 6)),
+    "the kernel is larger by one": (Convolution("conv2d", torch.ones(4, 3, 3, 3)), (1, 3, 2, 6)),
+}
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_a_stand_in_has_the_sizes_of_the_output(sizes, trains, monkeypatch):
+    conv, shape = SIZES[sizes]
+    x = torch.ones(shape, requires_grad=trains)
+    try:
+        expected = deferral.convolution(conv, x).shape
+    except RuntimeError:
+        expected = None
+    for _ in ("in C++", "in Python"):
+        with monkeypatch.context() as patch:
+            patch.setattr(deferral, "convolution", lambda *_: None)
+            made = deferral.defer(x, conv, Pairing(), deferral._surroundings())
+        is_smaller = expected is not None and expected.numel() < x.numel()
+        waits = (
+            expected is not None
+            and 0 not in expected
+            and (trains or not is_smaller)
+            and x.ndim == conv.weight.ndim
+        )
+        assert (None if made is None else made.shape) == (expected if waits else None)
+        assert not waits or made.requires_grad == trains
+        monkeypatch.setattr(native, "calls", None)
 
 
 # --- How long it lives -------------------------------------------------------------------------------------------
