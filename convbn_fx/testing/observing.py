@@ -12,7 +12,8 @@ from __future__ import annotations
 import random
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
@@ -80,24 +81,19 @@ class Observer:
             AssertionError: only one of them raised, or another type than the other.
         """
         models = (reference, candidate)
-        devices = _accelerators(self.inputs, self.kwargs, *models)
-        put_back = _snapshot(models, devices)
+        devices = self._devices(*models)
         calls = []
         for model in models:
-            try:
+            with _left_as_found(models, devices):
                 call = self._observe(model)
                 after = {f"{name} after the call": value for name, value in _random_state(devices).items()}
                 call.state |= after
                 calls.append(call)
-            finally:
-                put_back()
         expected, actual = calls
         if type(expected.error) is not type(actual.error):
             message = f"the reference {expected}, but the candidate {actual}"
             raise AssertionError(message) from (actual.error or expected.error)
-        for name in _non_persistent_buffers(
-            candidate
-        ):  # the candidate may have more of them than the reference
+        for name in _non_persistent_buffers(candidate):  # it may have more of them than the reference
             key = f"buffer {name} after the call"
             if key not in expected.state:
                 actual.state.pop(key, None)
@@ -121,33 +117,36 @@ class Observer:
                 moved[id(tensor)] = tensor, other.add_(other * steps * torch.finfo(tensor.dtype).eps)
             return moved[id(tensor)][1]
 
-        put_back = _snapshot([reference], _accelerators(self.inputs, self.kwargs, reference))
-        try:
+        with _left_as_found([reference], self._devices(reference)):
             for kind in ("parameters", "buffers"):
                 for tensor in _named(reference, kind).values():
                     tensor.data.copy_(off(tensor))
             inputs, kwargs = pytree.tree_map_only(Tensor, off, (self.inputs, dict(self.kwargs)))
             return replace(self, inputs=inputs, kwargs=kwargs)._observe(reference)
-        finally:
-            put_back()
 
     def with_contiguous_gradients(self, reference: nn.Module) -> Call:
         """Observe a model whose batch norms are handed contiguous gradients.
 
         PyTorch's own backward pass of a batch norm on the CPU is wrong for a batch of one where they are not.
         """
-        put_back = _snapshot([reference], _accelerators(self.inputs, self.kwargs, reference))
-        handles = [
-            module.register_forward_hook(lambda module, args, output: _ContiguousGradient.apply(output))
-            for module in reference.modules()
-            if isinstance(module, BatchNormBase)
-        ]
-        try:
+
+        def contiguous(_: nn.Module, __: Any, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(Tensor.contiguous)
+
+        with ExitStack() as hooks, _left_as_found([reference], self._devices(reference)):
+            for module in reference.modules():
+                if isinstance(module, BatchNormBase):
+                    hooks.enter_context(module.register_forward_hook(contiguous))
             return self._observe(reference)
-        finally:
-            for handle in handles:
-                handle.remove()
-            put_back()
+
+    def _devices(self, *models: Model) -> list[torch.device]:
+        """Devices other than the CPU that hold a tensor of the inputs or of models."""
+        leaves = pytree.tree_leaves((self.inputs, dict(self.kwargs)))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        for kind in ("parameters", "buffers"):
+            tensors += [tensor for model in models for tensor in _named(model, kind).values()]
+        return [device for device in {t.device for t in tensors} if device.type not in ("cpu", "meta")]
 
     def _observe(self, model: Model) -> Call:
         """Call the model on a copy of the inputs, and write down what happens."""
@@ -193,16 +192,6 @@ class Observer:
         state |= {f"buffer {name}": tensor for name, tensor in _named(model, "buffers").items()}
         call.state = {f"{name} after the call": _frozen(value) for name, value in state.items()}
         return call
-
-
-class _ContiguousGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(_: Any, output: Tensor) -> Tensor:
-        return output.clone()
-
-    @staticmethod
-    def backward(_: Any, gradient: Tensor) -> Tensor:
-        return gradient.contiguous()
 
 
 def _non_persistent_buffers(model: object) -> set[str]:
@@ -268,12 +257,9 @@ def _flatten_all(trees: Mapping[str, object]) -> Values:
     return {place: leaf for name, tree in trees.items() for place, leaf in _flatten(name, tree).items()}
 
 
-def _snapshot(models: Iterable[Model], devices: Iterable[torch.device]) -> Callable[[], None]:
-    """Remember all modules' attributes, registrations and tensors and the random state.
-
-    Returns:
-        A function that puts them back.
-    """
+@contextmanager
+def _left_as_found(models: Iterable[Model], devices: Iterable[torch.device]) -> Iterator[None]:
+    """Puts back all modules' attributes, registrations and tensors and the random state."""
     modules = {module for model in models if isinstance(model, nn.Module) for module in model.modules()}
     holders = [vars(module) for module in modules]
     holders += [held for m in modules for held in (m._parameters, m._buffers, m._modules)]
@@ -282,7 +268,9 @@ def _snapshot(models: Iterable[Model], devices: Iterable[torch.device]) -> Calla
     contents = [(tensor, tensor.detach().clone()) for tensor in {id(v): v for v in values}.values()]
     random_state = _random_state(devices)
 
-    def put_back() -> None:
+    try:
+        yield
+    finally:
         for holder, items in found:
             if [(k, id(v)) for k, v in holder.items()] != [(k, id(v)) for k, v in items.items()]:
                 holder.clear()
@@ -291,8 +279,6 @@ def _snapshot(models: Iterable[Model], devices: Iterable[torch.device]) -> Calla
             if not torch.equal(tensor, content):
                 tensor.data.copy_(content)  # .data: graphs of the caller must not see a new version
         _set_random_state(random_state, devices)
-
-    return put_back
 
 
 def _random_state(devices: Iterable[torch.device]) -> Values:
@@ -312,15 +298,6 @@ def _set_random_state(state: Values, devices: Iterable[torch.device]) -> None:
     torch.set_rng_state(cpu)  # type: ignore[arg-type]
     for device, other in zip(devices, others, strict=True):
         torch.get_device_module(device).set_rng_state(other, device)
-
-
-def _accelerators(*trees: object) -> list[torch.device]:
-    """Devices other than the CPU that hold a tensor of these inputs and models."""
-    leaves = pytree.tree_leaves(trees)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    for kind in ("parameters", "buffers"):
-        tensors += [tensor for leaf in leaves for tensor in _named(leaf, kind).values()]
-    return [device for device in {t.device for t in tensors} if device.type not in ("cpu", "meta")]
 
 
 def _named(model: object, kind: str) -> dict[str, Tensor]:
