@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from convbn_fx.cli import Unusable
 from convbn_fx.cli.zoo import results
 
-#: The side of the images that a model is fed of which nothing is known.
-USUAL_SIDE = 224
+#: How a model is named.
+_NAMING = "give timm:NAME, torchvision:NAME or package.module:factory"
 
 
 class UnknownModel(Unusable):
@@ -34,17 +34,17 @@ class Subject:
         name: The model's name on the command line.
         family: The module that its library keeps it in, such as `timm.resnet`.
         model: The model, in Eval mode.
-        shapes: Shape of each positional input, without the batch.
+        shape: Of an image; where nothing is known, the usual one.
         body: Name of the sub-module that the inputs are for; empty for the model itself. Detectors, whose
             post-processing depends on what they find, are measured at their backbone; optical flow, parts of which are
             float32 in any model, at the encoder that has the batch norms.
-        examples: Inputs that the user's factory has given; they come before `shapes`.
+        examples: Inputs that the user's factory has given; they come before `shape`.
     """
 
     name: str
     family: str
     model: nn.Module
-    shapes: tuple[tuple[int, ...], ...] = ((3, USUAL_SIDE, USUAL_SIDE),)
+    shape: tuple[int, ...] = (3, 224, 224)
     body: str = ""
     examples: tuple[Any, ...] | None = None
 
@@ -54,14 +54,19 @@ class Subject:
         return self.examples is None
 
     def inputs(self, batch: int, side: int | None = None) -> tuple[Any, ...]:
-        """Batches of images, as high and wide as told or as the model's own, that hold no memory; or the examples.
+        """A batch of images, as high and wide as told or as the model's own, that holds no memory; or the examples.
 
-        They are float32, on the CPU, or on the meta device if that is the default.
+        It is float32, on the CPU, or on the meta device if that is the default.
         """
         if self.examples is not None:
             return self.examples
-        shapes = self.shapes if side is None else [(*shape[:-2], side, side) for shape in self.shapes]
-        return tuple(torch.empty(()).expand(batch, *shape) for shape in shapes)
+        shape = self.shape if side is None else (*self.shape[:-2], side, side)
+        return (torch.empty(()).expand(batch, *shape),)
+
+    def describe(self, inputs: tuple[Any, ...]) -> str:
+        """The inputs in words, such as `2x3x224x224` or `backbone 2x3x800x1333`."""
+        shapes = " ".join("x".join(map(str, each.shape)) for each in inputs if isinstance(each, Tensor))
+        return f"{self.body} {shapes}".strip()
 
 
 def load(name: str, *, pretrained: bool = False, built_for: int | None = None) -> Subject:
@@ -83,9 +88,7 @@ def load(name: str, *, pretrained: bool = False, built_for: int | None = None) -
     """
     library, separator, rest = name.partition(":")
     if not (separator and rest and library):
-        raise UnknownModel(
-            f"{name!r} is no model's name; give timm:NAME, torchvision:NAME or package.module:factory"
-        )
+        raise UnknownModel(f"{name!r} is no model's name; {_NAMING}")
     build = _LIBRARIES.get(library, _own)
     if built_for is None:
         return build(name, rest, pretrained)
@@ -100,7 +103,7 @@ def _timm(name: str, architecture: str, pretrained: bool, **options: int) -> Sub
         raise UnknownModel(_unknown(name, architecture, timm.list_models()))
     model = timm.create_model(architecture, pretrained=pretrained, **options).eval()
     module = timm.model_entrypoint(architecture).__module__.rpartition(".")[2]
-    return Subject(name, f"timm.{module}", model, (tuple(model.default_cfg["input_size"]),))
+    return Subject(name, f"timm.{module}", model, tuple(model.default_cfg["input_size"]))
 
 
 def _torchvision(name: str, architecture: str, pretrained: bool) -> Subject:
@@ -117,27 +120,24 @@ def _torchvision(name: str, architecture: str, pretrained: bool) -> Subject:
         options["init_weights"] = True
     model = builder(**options).eval()
     body = {"detection": "backbone", "optical_flow": "context_encoder"}.get(package, "")
-    shapes = _torchvision_shapes(torchvision, architecture, package, model)
-    return Subject(name, f"torchvision.{module}", model, shapes, body)
+    shape = _torchvision_shape(torchvision, architecture, package, model)
+    return Subject(name, f"torchvision.{module}", model, shape, body)
 
 
-def _torchvision_shapes(
-    torchvision: Any, architecture: str, package: str, model: Any
-) -> tuple[tuple[int, ...], ...]:
+def _torchvision_shape(torchvision: Any, architecture: str, package: str, model: Any) -> tuple[int, ...]:
     """What the model was made for, as its trained weights tell it."""
     if package == "detection":
         resize = model.transform
-        return ((3, *(resize.fixed_size or (resize.min_size[-1], resize.max_size))),)
+        return (3, *(resize.fixed_size or (resize.min_size[-1], resize.max_size)))
     if package == "optical_flow":
-        return ((3, 520, 960),)
+        return (3, 520, 960)
     weights = torchvision.models.get_model_weights(architecture).DEFAULT
     transforms = weights.transforms()
     side = getattr(transforms, "crop_size", None) or transforms.resize_size
     if hasattr(model, "image_size"):
         side = [model.image_size]  # a vision transformer takes no other, whatever its weights were made for
-    if package == "video":
-        return ((3, weights.meta.get("min_temporal_size", 16), side[0], side[-1]),)
-    return ((3, side[0], side[-1]),)
+    frames = [weights.meta.get("min_temporal_size", 16)] if package == "video" else []
+    return (3, *frames, side[0], side[-1])
 
 
 def _own(name: str, factory: str, pretrained: bool) -> Subject:
@@ -146,10 +146,8 @@ def _own(name: str, factory: str, pretrained: bool) -> Subject:
     made = build(pretrained=True) if pretrained else build()
     model, examples = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
-        raise UnknownModel(
-            f"{name}: the factory made a {type(made).__name__}; "
-            "it has to return a torch.nn.Module, or one and a tuple of its inputs"
-        )
+        wanted = "it has to return a torch.nn.Module, or one and a tuple of its inputs"
+        raise UnknownModel(f"{name}: the factory made a {type(made).__name__}; {wanted}")
     if examples is not None and not isinstance(examples, tuple):
         examples = (examples,)
     return Subject(name, module, model.eval(), examples=examples)
@@ -164,18 +162,15 @@ def _factory(name: str, module: str, factory: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # something that the user's module needs is missing
-        raise UnknownModel(
-            f"{name}: there is no module {error.name!r}, here or installed; "
-            "give timm:NAME, torchvision:NAME or package.module:factory"
-        ) from None
+        message = f"{name}: there is no module {error.name!r}, here or installed; {_NAMING}"
+        raise UnknownModel(message) from None
     try:
         made: Any = operator.attrgetter(factory)(found)
     except AttributeError:
         raise UnknownModel(f"{name}: {module} has no {factory!r}") from None
     if not callable(made) or isinstance(made, nn.Module):
-        raise UnknownModel(
-            f"{name}: {factory} is a {type(made).__name__}; name a function that makes the model"
-        )
+        made_of = type(made).__name__
+        raise UnknownModel(f"{name}: {factory} is a {made_of}; name a function that makes the model")
     return made
 
 
@@ -191,9 +186,8 @@ def _library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise UnknownModel(
-            f"{error.name} is not installed; it comes with: pip install 'convbn-fx[zoo]'"
-        ) from None
+        message = f"{error.name} is not installed; it comes with: pip install 'convbn-fx[zoo]'"
+        raise UnknownModel(message) from None
 
 
 def _unknown(name: str, architecture: str, known: Iterable[str]) -> str:
@@ -233,9 +227,3 @@ def suite(name: str) -> list[str]:
     if not any(names):
         raise UnknownModel(f"{name}: no model is named there; write one a line, such as timm:resnet50")
     return list(dict.fromkeys(name for name in names if name))
-
-
-def describe(subject: Subject, inputs: tuple[Any, ...]) -> str:
-    """The inputs in words, such as `2x3x224x224` or `backbone 2x3x800x1333`."""
-    shapes = " ".join("x".join(map(str, each.shape)) for each in inputs if isinstance(each, Tensor))
-    return f"{subject.body} {shapes}".strip()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import convbn_fx
 from convbn_fx._torch import pytree
 from convbn_fx.api import tuned_and_deployed
-from convbn_fx.cli.zoo.architectures import Subject, UnknownModel, describe, load, of_library
+from convbn_fx.cli.zoo.architectures import Subject, UnknownModel, load, of_library
 from convbn_fx.cli.zoo.results import ERRORS, Level, Row, Status, in_one_line
 from convbn_fx.functional.cost_rule import COSTS, Costs
 from convbn_fx.kinds.modes import batch_norms
@@ -159,7 +159,7 @@ def _with_structure(row: Row, subject: Subject, settings: Settings) -> Row:
         saved_bytes(each.get_submodule(subject.body), *inputs, fake=device.type != "meta")
         for each in (model, tuned, deployed)
     )
-    row = replace(row, fused=len(report.fused), refused=refused, input=describe(subject, inputs))
+    row = replace(row, fused=len(report.fused), refused=refused, input=subject.describe(inputs))
     row = replace(row, bytes_eval=in_eval_mode, bytes_tune=in_tune_mode, bytes_deploy=in_deploy_mode)
     if in_tune_mode > in_eval_mode:
         return replace(row, status=Status.FAIL, detail="tuned, it saves more bytes than before")
@@ -187,7 +187,7 @@ def for_smallest_images(subject: Subject, seed: int) -> tuple[Subject, int | Non
     Trying costs nothing on the meta device. Returns the images' height and width, too; None for the model's own.
     """
     if subject.resizable:
-        largest = max(subject.shapes[0][-2:])
+        largest = max(subject.shape[-2:])
         for rebuilt, side in itertools.product((False, True), SIDES):
             if side < largest and _takes(subject, side, rebuilt):
                 return _with_weights(subject.name, seed, side if rebuilt else None), side
