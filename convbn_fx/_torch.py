@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -49,6 +49,15 @@ WrappedHook: Final = _WrappedHook
 
 #: Whether hooks are registered that run for every module.
 has_any_global_hook: Final[Callable[[], bool]] = _has_any_global_hook
+
+
+def hand_calls_to(module: nn.Module, call: Callable[..., Any] | None) -> None:
+    """Has calls of a module, unless its class has a `__call__` of its own, go elsewhere; None takes that back."""
+    if call is None:
+        vars(module).pop("_compiled_call_impl", None)
+    else:
+        vars(module)["_compiled_call_impl"] = call  # where `module.compile()` puts what it has compiled
+
 
 # --- What is around a call ---------------------------------------------------------------------------------------
 

@@ -52,6 +52,17 @@ def test_global_hooks():
     assert not _torch.has_any_global_hook()
 
 
+def test_calls_that_go_elsewhere():
+    module = nn.Identity()
+    _torch.hand_calls_to(module, lambda x: x + 1)
+    assert module(1) == 2
+    _torch.hand_calls_to(module, None)
+    _torch.hand_calls_to(module, None)
+    assert module(1) == 1
+    module.compile(backend="eager")
+    assert "_compiled_call_impl" in vars(module)
+
+
 def test_autocast_on_any_device():
     assert not _torch.is_any_autocast_on()
     with torch.autocast("cpu", torch.bfloat16):

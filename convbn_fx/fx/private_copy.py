@@ -47,7 +47,7 @@ def private_copy(
                 yield private
         finally:
             for module in private.originals:  # which refer to themselves, and to the model's tensors
-                vars(module).pop("_compiled_call_impl", None)
+                _torch.hand_calls_to(module, None)
                 vars(module).update(_parameters={}, _buffers={})
 
 
@@ -111,13 +111,13 @@ class PrivateCopy(Copies):
         """Has calls of a module go to the tracer."""
         cls = type(module)
         if cls.__call__ is nn.Module.__call__:
-            vars(module)["_compiled_call_impl"] = partial(self._called, module, module._call_impl)
+            _torch.hand_calls_to(module, partial(self._called, module, module._call_impl))
             return
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return self._called(module, partial(cls.__call__, module), *args, **kwargs)
 
-        vars(module).pop("_compiled_call_impl", None)
+        _torch.hand_calls_to(module, None)
         module.__class__ = derived(cls, {"__call__": call})
 
     def _called(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
