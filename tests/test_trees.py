@@ -48,7 +48,10 @@ from trees import (
 import convbn_fx
 
 #: Where Python asks nobody what a value is, a trace bakes in one way, as docs/limits.md says.
-TRACED = Features().without(conditions=["option", "keyword", "dtype is", "grad mode"])
+TRACED = Features().without(
+    conditions=["option", "keyword", "dtype is", "grad mode"],
+    around=[name for name in AROUND if name.startswith("one by")],
+)
 
 
 # --- What a user does --------------------------------------------------------------------------------------------

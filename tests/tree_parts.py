@@ -29,6 +29,18 @@ def apply(module, x):
     return module(x)
 
 
+def pick(number, modules):
+    return modules[number]
+
+
+class Numbered:
+    """A plain object that has modules under numbered names."""
+
+    def __init__(self, *modules):
+        for number, module in enumerate(modules):
+            setattr(self, f"part{number}", module)
+
+
 class Holder:
     """A plain object that knows a module."""
 

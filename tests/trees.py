@@ -148,6 +148,19 @@ _SOME_OF = """{t} = {v}
 for m in ({modules},)[:{number}]:
     {t} = m({t})"""
 
+#: What an exploration sees no number in, and how one of several children is picked by it.
+UNSEEN: dict[str, str] = {
+    "grad mode": "int(torch.is_grad_enabled())",
+    "a set": "int({v}.shape[0] in {{2, 8}})",
+    "text": "int(str({v}.shape[1]) == '3')",
+    "a class": "int(isinstance({v}, list))",
+}
+PICKED: dict[str, str] = {
+    "number": "({modules},)[{number} % {count}]",
+    "helper": "pick({number} % {count}, [{modules}])",
+    "name": "getattr(Numbered({modules}), f'part{{{number} % {count}}}')",
+}
+
 #: How children are called one after another.
 AROUND: dict[str, str] = {
     "plain": "{t} = {chain}",
@@ -164,6 +177,11 @@ AROUND: dict[str, str] = {
     **{f"loop, {check}": _LOOP.replace("{condition}", condition) for check, condition in CHECKS.items()},
     **{f"repeated, {name}": _REPEATED.replace("{number}", number) for name, number in NUMBERS.items()},
     **{f"some of them, {name}": _SOME_OF.replace("{number}", number) for name, number in NUMBERS.items()},
+    **{
+        f"one by {way}, {name}": f"i = {number}\n{{t}} = {picked.replace('{number}', 'i')}({{v}})"
+        for way, picked in PICKED.items()
+        for name, number in UNSEEN.items()
+    },
 }
 
 #: What a forward reads of a layer, as a factor.
@@ -323,6 +341,7 @@ class Apply(Brief):
             chain=nested(v),
             inner=nested("x"),
             modules=", ".join(called),
+            count=len(called),
             first=first,
             rest=nested(t, called[1:]),
         )
@@ -927,7 +946,9 @@ def _apply(draw: st.DrawFn, scope: _Scope, source: int | None = None) -> Apply:
         chain = [draw(_slot(scope, [0]))]
     around = draw(_often("plain", ("plain", "lines", *scope.features.around)))
     changes = any(getattr(scope.module(slot), "overwrites", False) for slot in chain)
-    if changes and around.startswith(("reentrant", "checkpoint", "repeated")):  # which run twice
+    if changes and around.startswith(
+        ("reentrant", "checkpoint", "repeated", "one")
+    ):  # which run twice, or on another value
         around = "lines"
     method = ""
     first = scope.module(chain[0])

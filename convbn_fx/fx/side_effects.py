@@ -101,10 +101,17 @@ def random_state_as_found() -> Iterator[None]:
             numpy.random.set_state(numpy_state)
 
 
+def random_states() -> list[Any]:
+    """The states of Python's and NumPy's generators."""
+    numpy: Any = sys.modules.get("numpy")
+    _, keys, *others = (None, b"") if numpy is None else numpy.random.get_state()
+    return [random.getstate(), bytes(keys), *others]
+
+
 @contextmanager
 def attributes_as_found(
     modules: Iterable[nn.Module], may_change: Callable[[Any], bool] = lambda _: True
-) -> Iterator[None]:
+) -> Iterator[Callable[[], bool]]:
     """Undoes what changes in the attributes of modules and of objects they hold, and in containers that are attributes.
 
     Only what has changed is touched, and in place: handles of hooks refer to the very containers.
@@ -112,10 +119,34 @@ def attributes_as_found(
     Args:
         modules: The modules.
         may_change: Whether somebody may write to a container.
+
+    Yields:
+        Whether anything has changed.
     """
+    found = [(container, _parts(container)) for container in _containers(modules) if may_change(container)]
+
+    def changed() -> Iterator[tuple[Any, list[Any]]]:
+        for container, parts in found:
+            if list(map(id, _parts(container))) != list(map(id, parts)):
+                yield container, parts
+
+    try:
+        yield lambda: any(True for _ in changed())
+    finally:
+        for container, parts in changed():
+            container.clear()
+            if isinstance(container, dict):
+                container.update(zip(parts[: len(parts) // 2], parts[len(parts) // 2 :], strict=True))
+            else:
+                (container.update if isinstance(container, set) else container.extend)(parts)
+
+
+def _containers(modules: Iterable[nn.Module]) -> Iterator[Any]:
+    """The attributes of modules and of objects they hold, and the containers among them and in these."""
     containers: list[tuple[Any, bool]] = [(vars(module), True) for module in modules]
     known = {id(container) for container, _ in containers}
     for container, is_of_module in containers:  # those that are found inside are looked into as well
+        yield container
         for value in list(container.values() if isinstance(container, dict) else container):
             kind = type(value)  # a weak proxy passes for what it refers to
             if issubclass(kind, (dict, list, set, deque)):
@@ -127,17 +158,6 @@ def attributes_as_found(
             if id(inside[0]) not in known:
                 known.add(id(inside[0]))
                 containers.append(inside)
-    found = [(container, _parts(container)) for container, _ in containers if may_change(container)]
-    try:
-        yield
-    finally:
-        for container, parts in found:
-            if list(map(id, _parts(container))) != list(map(id, parts)):
-                container.clear()
-                if isinstance(container, dict):
-                    container.update(zip(parts[: len(parts) // 2], parts[len(parts) // 2 :], strict=True))
-                else:
-                    (container.update if isinstance(container, set) else container.extend)(parts)
 
 
 #: What is no object that may keep what a forward gives it, though it has attributes.

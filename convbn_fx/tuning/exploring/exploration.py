@@ -33,7 +33,7 @@ from convbn_fx.functional.autocast import autocast_state
 from convbn_fx.fx.pairs import Site
 from convbn_fx.fx.private_copy import PrivateCopy
 from convbn_fx.fx.proxies import Proxy, StoredTensor, is_ours_or_torchs, known_class, questions_of_class
-from convbn_fx.fx.side_effects import attributes_as_found
+from convbn_fx.fx.side_effects import attributes_as_found, random_states
 from convbn_fx.fx.tracing import FORWARD_IS_CALLED_BY, Tracer
 from convbn_fx.tuning.exploring.exact_classes import functions_in
 from convbn_fx.tuning.exploring.silence import silence
@@ -76,7 +76,8 @@ class Path:
         contexts: For the nodes of convolutions and batch norms, what with-statements and checkpoints were around them.
         own_context: What was around the forward itself.
         broke_off: Where and why the forward was not followed to its end, or not on all ways; empty if it was.
-        has_guessed_a_number: Whether a loop may be longer, or a choice another, than on any way.
+        has_guessed_a_number: Whether a loop may be longer, or a choice another, than on any way: because of a number of
+            a tensor's, one that was drawn, or what the forward itself keeps.
         elsewhere: Modules that it calls and that are not inside the root.
         loops: Whether code that calls functions of convolutions has a loop, which may call one more often.
     """
@@ -160,7 +161,20 @@ class _Guess(Proxy):
         return 1.0 if digits else 1
 
     def __format__(self, specification: str) -> str:
+        return self._written(sys._getframe(1))
+
+    def __str__(self) -> str:
+        return self._written(sys._getframe(1))
+
+    def _written(self, frame: FrameType) -> str:
+        if _is_kept(frame):
+            self.tracer.guesses_for(frame)
         return repr(self)
+
+    def __hash__(self) -> int:  # of a number in a set, or a dtype in a dictionary
+        if not is_ours_or_torchs(sys._getframe(1)):
+            self.tracer.guesses_for(sys._getframe(1))
+        return id(self)
 
     def __contains__(self, item: Any) -> bool:
         return bool(self.tracer.to_bool(self))
@@ -203,6 +217,25 @@ def _instruction(frame: FrameType, offset: int | None = None) -> tuple[str, int]
     """What a frame is doing, or was at an offset: the operation of its bytecode, and the argument."""
     code, offset = frame.f_code.co_code, frame.f_lasti if offset is None else offset
     return dis.opname[code[offset]], code[offset + 1]
+
+
+def _is_kept(frame: FrameType) -> bool:
+    """Whether something is made of what a frame computes: a message that is printed or raised decides on nothing."""
+    after = (each.opname for each in dis.get_instructions(frame.f_code) if each.offset > frame.f_lasti)
+    ends = (
+        "COMPARE",
+        "CONTAINS",
+        "END_FOR",
+        "JUMP",
+        "POP_JUMP",
+        "POP_TOP",
+        "RAISE",
+        "RETURN",
+        "STORE",
+        "YIELD",
+    )
+    end = next((name for name in after if name.startswith(ends)), "")
+    return not is_ours_or_torchs(frame) and not end.startswith(("POP_TOP", "RAISE"))
 
 
 def _place(frame: FrameType) -> tuple[CodeType, int]:
@@ -276,6 +309,7 @@ class _Explorer(Tracer):
         self.needed_length = 0  # of what was unpacked, where it was another than guessed
         self.decisions = list(variant.decisions)
         self.taken = 0
+        self.varies = False
         self.guessed: set[tuple[CodeType, int]] = set()  # where the code asked for a number
         self.names = names
         self.frames: dict[FrameType, int] = {}
@@ -346,7 +380,7 @@ class _Explorer(Tracer):
             self.contexts,
             self.own_context,
             broke_off,
-            bool(self.guessed),
+            bool(self.guessed) or self.varies,
             self.elsewhere,
             self.loops,
         )
@@ -488,18 +522,19 @@ def kept_by_someone(*_: Any) -> None:
     """Stands for whoever reads what a forward has left behind."""
 
 
-def convolution_called(value: object) -> nn.Module | None:
-    """The convolution of whose call a value stands for the output, or whose forward calls the function."""
+def beside_data(value: Any) -> Any:
+    """What a value is, if it is not nothing but tensors: the module, of the output of a convolution; else itself."""
+    if type(value) in (list, tuple):
+        return next((found for part in value if (found := beside_data(part)) is not None), None)
     if type(value) is not _Guess:
-        return None
+        return None if issubclass(type(value), (Tensor, _Guess)) else value
     node, tracer = value.node, value.tracer
     is_function = node.target in kinds.CONVOLUTION_FUNCTIONS and node in tracer.calls
     if not is_function and node.op != "call_module":
         return None
-    name = tracer.calls[node][0] if is_function else str(node.target)
-    module = tracer.private.originals.get(tracer.root.get_submodule(name))
-    is_convolution = is_function or (module is not None and kinds.resembles_convolution(module))
-    return module if is_convolution else None
+    module = tracer.root.get_submodule(tracer.calls[node][0] if is_function else str(node.target))
+    is_convolution = is_function or kinds.resembles_convolution(module)
+    return tracer.private.originals.get(module) if is_convolution else None
 
 
 def explore(root: nn.Module, borders: "Borders", private: PrivateCopy, method: str = "forward") -> list[Path]:
@@ -544,16 +579,20 @@ def _paths(root: nn.Module, opened: frozenset[str], private: PrivateCopy, method
         explorer = _Explorer(opened, variant, names)
         explorer.traced_func_name = method
         copied = private.copies[root]
+        mode, copied.training = copied.training, variant.training
+        states, private.writes.has_drawn = random_states(), False
         with (
             silence(),
-            attributes_as_found((copied, *map(copied.get_submodule, opened))),
+            attributes_as_found((copied, *map(copied.get_submodule, opened))) as has_changed,
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")
-            copied.training = variant.training
             with _nothing_ages():
                 broke_off = explorer.follow(private, root, end - time.monotonic())
                 explorer.note_what_is_kept()
+            # The next call may go another way.
+            explorer.varies = private.writes.has_drawn or random_states() != states or has_changed()
+        copied.training = mode
         if explorer.needed_length and variant.length == _LENGTH != explorer.needed_length:
             pending.insert(0, variant._replace(length=explorer.needed_length))
             continue

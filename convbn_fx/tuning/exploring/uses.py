@@ -8,7 +8,7 @@ import dis
 import gc
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any, Final
 
@@ -65,14 +65,20 @@ def doubts(
         # Where each of several batch norms becomes a convolution, there is no such output.
         if id(conv) in uses.read and any(conv is other and norm is not its for other, its in members):
             refusals.setdefault(id(conv), (SkipReason.SHARED, "the shape of its output is read"))
-    not_followed = {
+    paired = {id(conv) for conv, _ in members}
+    guessing = {id(each.module): _lost(each) for each in found.explored if not _are_all(each)}
+    unseen, used = code.unseen(guessing.keys(), {id(module) for module in model.modules()} - paired)
+    lost = guessing | unseen
+    called = {
         id(each.module): {
             str(node.target) for path in each.paths for node in path.graph.nodes if node.op == "call_module"
         }
         for each in found.explored
-        if not _are_all(each) and id(each.module) not in calling
+        if id(each.module) not in unseen
     }
-    possible = code.uses(not_followed)
+    possible = used | code.uses(
+        {key: called.get(key, set()) for key in lost if key in unseen or key not in calling}
+    )
     for pair, (conv, _) in zip(pairs, members, strict=True):
         # To call a block that ends in the convolution, or begins with the batch norm, is to call that.
         for name in pair.between:
@@ -81,8 +87,9 @@ def doubts(
     references = _References(model)
     followed = {id(each.module): each for each in found.explored}
     owners = {id(model.get_submodule(pair.owner)) for pair in pairs}
+    lost_owners = {key: told for key, told in lost.items() if key in owners}
     for module in {id(module): module for pair in members for module in pair}.values():
-        doubt = possible.get(id(module)) or references.doubt(module, followed, owners)
+        doubt = possible.get(id(module)) or references.doubt(module, followed.keys(), lost_owners)
         if id(module) in calling and not doubt:
             doubt = _doubt_about_its_call(followed[id(module)])
         if doubt:
@@ -98,7 +105,7 @@ def _other_methods(model: nn.Module, found: Discovery, code: CodeRun) -> list[Ex
     if not methods:
         return []
     others = []
-    with private_copy(model, GuessedTensor) as private:
+    with code, private_copy(model, GuessedTensor) as private:
         for module, name in methods:
             paths = explore(module, found.borders, private, name)
             matches = [find_pairs_in(path.graph, module)[0] for path in paths]
@@ -281,6 +288,10 @@ def _tensor(name: str, root: nn.Module) -> Any:
     return getattr(root.get_submodule(owner), last, None)
 
 
+def _lost(explored: Explored) -> str:
+    return f"{_told(explored.module)} could not be followed to its end, or a guessed number decides on what it does"
+
+
 def _are_all(explored: Explored) -> bool:
     """Whether nothing can happen in a forward that none of its ways shows; how a guessed number went proves nothing."""
     return all(path.is_whole and not path.has_guessed_a_number for path in explored.paths)
@@ -377,11 +388,11 @@ class _References:
         for identity, others in _in_one_memory(tensors).items():
             self.sources[identity] += [other for other in others if id(other) != identity]
 
-    def doubt(self, member: nn.Module, followed: dict[int, Explored], owners: set[int]) -> str:
+    def doubt(self, member: nn.Module, followed: Set[int], lost: dict[int, str]) -> str:
         """Who may use a convolution or a batch norm in a way that was not followed; empty if nobody."""
         for target in (member, *_tensors(member)):
             for module in self._reaching(target, member):
-                doubt = self._doubt_about(module, target, followed, owners)
+                doubt = self._doubt_about(module, target, followed, lost)
                 if doubt:
                     return doubt
         return ""
@@ -398,7 +409,7 @@ class _References:
                     if issubclass(type(source), (nn.Module, _HooksOf)):
                         yield source
 
-    def _doubt_about(self, module: Any, target: Any, followed: dict[int, Explored], owners: set[int]) -> str:
+    def _doubt_about(self, module: Any, target: Any, followed: Set[int], lost: dict[int, str]) -> str:
         if isinstance(module, _HooksOf):
             return f"a hook of {_told(module.module)} reaches it"
         if _runs_only_what_it_is_known_for(module):
@@ -407,9 +418,7 @@ class _References:
             return f"{_told(module)} reaches it, and is not around it"
         if id(module) not in followed:
             return f"{_told(module)}, whose forward was not explored, is around it"
-        if id(module) in owners and not _are_all(followed[id(module)]):
-            return f"{_told(module)} could not be followed to its end, or a guessed number decides on what it does"
-        return ""
+        return lost.get(id(module), "")
 
     def _inside(self, module: nn.Module) -> set[int]:
         """Ids of the modules and tensors that are registered inside a module."""
