@@ -44,6 +44,17 @@ struct Activation {
     return kind <= Kind::kTanh;
   }
 
+  // Whether it does so in this dtype. Of a bound that is rounded, the output does not tell whether the input was at it; of
+  // what is near -alpha, little is left in half precision.
+  bool is_told_in(at::ScalarType dtype) const {
+    const bool is_half = dtype == at::kHalf || dtype == at::kBFloat16;
+    const auto is_exact = [dtype](double bound) {
+      const auto wide = static_cast<float>(bound);
+      return wide == (dtype == at::kHalf ? static_cast<float>(at::Half(wide)) : static_cast<float>(at::BFloat16(wide)));
+    };
+    return !is_half || (kind == Kind::kHardtanh ? is_exact(a) && is_exact(b) : kind != Kind::kElu);
+  }
+
   bool is_composed() const {
     return kind == Kind::kComposedHardsigmoid || kind >= Kind::kComposedSilu;
   }
@@ -202,7 +213,14 @@ struct Activation {
 
   // Where the derivative is the smaller of its two numbers, of one byte an element.
   Tensor mask(const Tensor& output) const {
-    return kind == Kind::kHardtanh ? output.le(a).logical_or_(output.ge(b)) : output.le(0);
+    switch (kind) {
+      case Kind::kHardtanh:
+        return output.le(a).logical_or_(output.ge(b));
+      case Kind::kLeakyRelu:
+        return output.gt(0).logical_not_(); // of what is no number, too
+      default:
+        return output.le(0);
+    }
   }
 
   Tensor backward_by_mask(const Tensor& grad, const Tensor& mask) const {

@@ -195,7 +195,7 @@ struct Product : torch::autograd::Function<Product> {
 };
 
 bool is_recorded(const Tensor& tensor) {
-  return at::GradMode::is_enabled() && tensor.requires_grad();
+  return at::GradMode::is_enabled() && tensor.requires_grad() && at::isFloatingType(tensor.scalar_type());
 }
 
 } // namespace
@@ -235,7 +235,8 @@ Tensor as_ever(Tensor input, const Activation& activation, bool in_place) {
 }
 
 Tensor recorded(Tensor input, const Activation& activation, bool in_place) {
-  if (activation.is_composed() && is_autocast_on(input)) { // which casts for some of the functions
+  const bool casts = activation.is_composed() && is_autocast_on(input); // for some of the functions
+  if (casts || !activation.is_told_in(input.scalar_type())) {
     return as_ever(input, activation, in_place);
   }
   Kept kept = Origin::keep(input);
@@ -251,7 +252,7 @@ Tensor recorded(Tensor input, const Activation& activation, bool in_place) {
         saves = Saves::kMask;
       } else if (activation.keeps_output_anyway()) {
         return as_ever(input, activation, in_place);
-      } else if (!can_be_computed_again(input.grad_fn().get())) {
+      } else if (!can_be_computed_again(input)) {
         if (!activation.has_mask()) {
           return as_ever(input, activation, in_place);
         }

@@ -13,6 +13,7 @@
 
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
 #include <array>
@@ -278,7 +279,8 @@ struct ConvBatchNorm : torch::autograd::Function<ConvBatchNorm> {
 
   static variable_list backward(AutogradContext* ctx, variable_list grad_outputs) {
     const c10::impl::ExcludeDispatchKeyGuard without_autocast(c10::autocast_dispatch_keyset);
-    const variable_list saved = ctx->get_saved_variables();
+    const variable_list saved = unpacked(ctx);
+    ctx->saved_data.erase(kUnpacked);
     const Numbers numbers(ctx->saved_data["geometry"].toIntVector());
     bool was_recomputed = false;
     Tensor input = saved_input(ctx, saved, was_recomputed);
@@ -312,7 +314,8 @@ struct ConvBatchNorm : torch::autograd::Function<ConvBatchNorm> {
   // The output, of which nobody has kept the values.
   static Tensor computed_again(AutogradContext* ctx) {
     const c10::impl::ExcludeDispatchKeyGuard without_autocast(c10::autocast_dispatch_keyset);
-    const variable_list saved = ctx->get_saved_variables();
+    const variable_list saved = unpacked(ctx);
+    ctx->saved_data[kUnpacked] = c10::ivalue::Tuple::create(torch::autograd::get_current_graph_task_id(), saved);
     const Numbers numbers(ctx->saved_data["geometry"].toIntVector());
     const auto beta = ctx->saved_data.find("beta");
     BatchNorm norm = saved_norm(ctx, saved);
@@ -332,6 +335,20 @@ struct ConvBatchNorm : torch::autograd::Function<ConvBatchNorm> {
   static OptionalTensor or_none(const Tensor& tensor) {
     return tensor.defined() ? OptionalTensor(tensor) : OptionalTensor();
   }
+
+  // What is saved, unpacked once in a backward pass: a region that is recomputed gives each tensor out once.
+  static variable_list unpacked(AutogradContext* ctx) {
+    const auto known = ctx->saved_data.find(kUnpacked);
+    if (known != ctx->saved_data.end()) {
+      const auto& pass_and_tensors = known->second.toTupleRef().elements();
+      if (pass_and_tensors[0].toInt() == torch::autograd::get_current_graph_task_id()) {
+        return pass_and_tensors[1].toTensorVector();
+      }
+    }
+    return ctx->get_saved_variables();
+  }
+
+  static constexpr auto kUnpacked = "unpacked";
 
   static BatchNorm saved_norm(AutogradContext* ctx, const variable_list& saved) {
     return {or_none(saved[2]), OptionalTensor(), saved[3], saved[4], ctx->saved_data["eps"].toDouble()};
@@ -355,9 +372,9 @@ const torch::autograd::CppNode<ConvBatchNorm>* as_pair(const torch::autograd::No
 
 } // namespace
 
-bool can_be_computed_again(const torch::autograd::Node* node) {
-  const auto* pair = as_pair(node);
-  return pair != nullptr && pair->ctx_.saved_data.at("geometry").toIntList()[1] != 0;
+bool can_be_computed_again(const Tensor& tensor) {
+  const auto* pair = as_pair(tensor.grad_fn().get());
+  return pair != nullptr && tensor._version() == 0 && pair->ctx_.saved_data.at("geometry").toIntList()[1] != 0;
 }
 
 Tensor computed_again(const torch::autograd::Node* node) {

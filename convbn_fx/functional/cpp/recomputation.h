@@ -10,6 +10,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -139,18 +140,12 @@ class Origin : public c10::BackendMeta {
     origin->recipe_ = from.recipe;
     origin->hooks_ = hooks();
     for (const Tensor& tensor : from.tensors) {
-      Ingredient ingredient;
-      if (tensor.defined()) {
-        ingredient.is_defined = true;
-        ingredient.weak = Weak(tensor.getIntrusivePtr());
-        ingredient.version = tensor._version();
-        // The node that made it keeps them alive for as long as is needed, unless hooks take away what nodes save.
-        ingredient.strong = origin->hooks_ ? tensor : Tensor();
-      }
-      origin->ingredients_.push_back(std::move(ingredient));
+      origin->ingredients_.push_back({tensor.defined(), Weak(tensor.getIntrusivePtr()), Contents(tensor)});
     }
-    origin->version_ = made._version();
-    origin->storage_ = made.storage().unsafeGetStorageImpl();
+    if (origin->hooks_) {
+      origin->held_ = from.tensors;
+    }
+    origin->contents_ = Contents(made);
     origin->offset_ = made.storage_offset();
     origin->sizes_ = made.sizes().vec();
     origin->strides_ = made.strides().vec();
@@ -161,7 +156,8 @@ class Origin : public c10::BackendMeta {
   static Kept keep(const Tensor& tensor) {
     auto* origin = dynamic_cast<Origin*>(tensor.unsafeGetTensorImpl()->get_backend_meta());
     Kept kept;
-    if (origin == nullptr || !origin->still_makes(tensor) || !origin->add_unchanged(kept.tensors)) {
+    if (origin == nullptr || !origin->is_under_its_hooks() || !origin->still_makes(tensor) ||
+        !origin->add_unchanged(kept.tensors)) {
       return {{tensor}, {}};
     }
     kept.recipe = origin->recipe_;
@@ -172,11 +168,30 @@ class Origin : public c10::BackendMeta {
   using Weak = c10::weak_intrusive_ptr<at::TensorImpl, at::UndefinedTensorImpl>;
   using Hooks = std::optional<std::pair<c10::SafePyObject, c10::SafePyObject>>;
 
-  struct Ingredient {
-    bool is_defined = false;
-    Weak weak{c10::intrusive_ptr<at::TensorImpl, at::UndefinedTensorImpl>()};
-    Tensor strong;
+  // What a tensor held when it was looked at. The reference is a weak one, so that no other memory has its address.
+  struct Contents {
     int64_t version = 0;
+    c10::weak_intrusive_ptr<c10::StorageImpl> storage{c10::intrusive_ptr<c10::StorageImpl>()};
+
+    Contents() = default;
+
+    explicit Contents(const Tensor& tensor) {
+      if (tensor.defined()) {
+        version = tensor._version();
+        storage = tensor.storage().getWeakStorageImpl();
+      }
+    }
+
+    bool are_those_of(const Tensor& tensor) const {
+      return tensor._version() == version &&
+          tensor.storage().unsafeGetStorageImpl() == storage._unsafe_get_target();
+    }
+  };
+
+  struct Ingredient {
+    bool is_defined;
+    Weak weak;
+    Contents contents;
   };
 
   // The innermost hooks on saved tensors. What is made inside of a region that is recomputed is known to be made there
@@ -189,10 +204,23 @@ class Origin : public c10::BackendMeta {
     return hooks ? hooks->first.ptr(&hooks->first.pyinterpreter()) : nullptr;
   }
 
+  // Whether the hooks are those under which the tensor was made. Under others it is of no use any more.
+  bool is_under_its_hooks() {
+    const bool are_others = identity(hooks()) != identity(hooks_);
+    if (!hooks_) {
+      return !are_others;
+    }
+    variable_list dropped;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (are_others) {
+      dropped.swap(held_);
+    }
+    return !held_.empty();
+  }
+
   bool still_makes(const Tensor& tensor) const {
-    return tensor._version() == version_ && tensor.storage().unsafeGetStorageImpl() == storage_ &&
-        tensor.storage_offset() == offset_ && tensor.sizes() == IntArrayRef(sizes_) &&
-        tensor.strides() == IntArrayRef(strides_) && identity(hooks()) == identity(hooks_);
+    return contents_.are_those_of(tensor) && tensor.storage_offset() == offset_ &&
+        tensor.sizes() == IntArrayRef(sizes_) && tensor.strides() == IntArrayRef(strides_);
   }
 
   bool add_unchanged(variable_list& found) const {
@@ -204,7 +232,7 @@ class Origin : public c10::BackendMeta {
           return false;
         }
         tensor = Tensor(std::move(locked));
-        if (tensor._version() != ingredient.version) {
+        if (!ingredient.contents.are_those_of(tensor)) {
           return false;
         }
       }
@@ -214,10 +242,13 @@ class Origin : public c10::BackendMeta {
   }
 
   Recipe recipe_;
+  // The node that made the tensor keeps them alive for as long as is needed, unless hooks take away what nodes save.
   std::vector<Ingredient> ingredients_;
+  variable_list held_;
+  std::mutex mutex_;
   Hooks hooks_;
-  int64_t version_ = 0, offset_ = 0;
-  const c10::StorageImpl* storage_ = nullptr;
+  Contents contents_;
+  int64_t offset_ = 0;
   std::vector<int64_t> sizes_, strides_;
 };
 
@@ -230,10 +261,11 @@ inline Tensor with_history(Tensor tensor, const torch::autograd::Edge& edge) {
   return tensor;
 }
 
-// What a pair has computed, from what its node has saved; undefined where the node is no pair's, or has not saved its
-// input.
+// What a pair has computed, from what its node has saved.
 Tensor computed_again(const torch::autograd::Node* node);
-bool can_be_computed_again(const torch::autograd::Node* node);
+
+// Whether the tensor is what a pair has computed, unchanged, and the pair's node has saved enough.
+bool can_be_computed_again(const Tensor& tensor);
 
 // Whether all that has computed the tensor, from the last pairs on, has no parameter that trains: what comes next will
 // hardly have any.
