@@ -116,10 +116,10 @@ def is_for_the_operator(input: Any) -> bool:
         (cls is Tensor or cls is FakeTensor)
         and input.requires_grad
         and native.operator is not None
+        and not torch.compiler.is_compiling()
         and _torch.dispatch_modes() == (cls is FakeTensor)  # the fake tensors' own
         and not _torch.are_transforms_active()
         and not _torch.is_jit_tracing()
-        and not torch.compiler.is_compiling()
         and not _torch.is_forward_ad_on()
         and not _torch.is_legacy_batched(input)
     )

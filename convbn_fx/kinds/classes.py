@@ -78,7 +78,7 @@ def _row_of(module: nn.Module, table: "Classes[Row]") -> Row | None:
     if row is None or row.methods is None or not row.methods.are_those_of(cls):
         return None
     attributes = vars(module)
-    if not attributes.keys().isdisjoint(row.methods.looked_up) and _is_patched(attributes):
+    if not row.methods.looked_up.isdisjoint(attributes) and _is_patched(attributes):
         return None
     return row
 

@@ -1,6 +1,5 @@
 """A row of the table of kinds: what is known of a class or function, and how a call of it is read."""
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -30,24 +29,19 @@ class Methods:
     """
 
     def __init__(self, cls: type[nn.Module]) -> None:
-        self._names = [name for name in FORWARD_METHODS if hasattr(cls, name)]
-        self._read = operator.attrgetter(
-            *self._names
-        )  # at every call of every pair: in half of a loop's time
-        self._methods = self._read(cls)
-        self.looked_up = frozenset({*self._names, "weight", "bias", "running_mean", "running_var"})
+        self._methods = tuple((name, getattr(cls, name)) for name in FORWARD_METHODS if hasattr(cls, name))
+        self.looked_up = frozenset({*dict(self._methods), "weight", "bias", "running_mean", "running_var"})
 
     def are_those_of(self, cls: type) -> bool:
         """Whether another class, or the same one now, has the same methods."""
-        try:
-            return bool(self._read(cls) == self._methods)
-        except AttributeError:
-            return False
+        for name, method in self._methods:  # noqa: SIM110 - at every call of every pair: no generator
+            if getattr(cls, name, None) is not method:
+                return False
+        return True
 
     def overridden_in(self, cls: type) -> list[str]:
         """The names of the methods that another class has of its own."""
-        methods = zip(self._names, self._methods, strict=True)
-        return [name for name, method in methods if getattr(cls, name, None) is not method]
+        return [name for name, method in self._methods if getattr(cls, name, None) is not method]
 
 
 @dataclass(frozen=True)

@@ -341,7 +341,7 @@ class Deferred(Tensor):
             RuntimeError: Code that does not ask `__torch_function__` has changed it in place.
         """
         with _torch.DisableTorchFunction():
-            is_changed = self._version > 0
+            is_changed = not self.is_inference() and self._version > 0
         if is_changed:
             raise RuntimeError(_unforeseen("the output of a convolution was changed in place"))
         return self.waiting.materialized()

@@ -186,6 +186,14 @@ def test_read_in_inference_mode_before_the_norm():
     assert_equivalent(*both(reader), X)
 
 
+@pytest.mark.usefixtures("made")
+@pytest.mark.parametrize("reader", ["function", "function, then the norm", "in place, then a function"])
+def test_read_where_all_is_in_inference_mode(reader):
+    model, tuned = both(READERS[reader])
+    with torch.inference_mode():
+        torch.testing.assert_close(tuned(X), model(X))
+
+
 # --- What is known before it is computed -------------------------------------------------------------------------
 
 METADATA = {
