@@ -153,10 +153,10 @@ def _references(value: Any) -> list[Any]:
         return []
     if cls is types.FunctionType:  # all but its globals
         return [value.__closure__, value.__defaults__, value.__kwdefaults__, vars(value)]
-    return [_referent(value)] if issubclass(cls, _WEAK_REFERENCES) else gc.get_referents(value)
+    return [referent(value)] if issubclass(cls, _WEAK_REFERENCES) else gc.get_referents(value)
 
 
-def _referent(reference: Any) -> Any:
+def referent(reference: Any) -> Any:
     """What a weak reference or proxy refers to; None if it is gone."""
     if issubclass(type(reference), weakref.ReferenceType):
         return weakref.ReferenceType.__call__(reference)
@@ -221,8 +221,8 @@ _COPIED_BY: Final[dict[type, Callable[[Any, Copies], Any]]] = {
     types.BuiltinMethodType: _made_of(lambda method: (getattr, method.__self__, method.__name__)),
     weakref.ReferenceType: _made_of(lambda reference: (weakref.ref, reference())),
     weakref.WeakMethod: _made_of(lambda reference: (weakref.WeakMethod, reference())),
-    weakref.ProxyType: _made_of(lambda proxy: (weakref.proxy, _referent(proxy))),
-    weakref.CallableProxyType: _made_of(lambda proxy: (weakref.proxy, _referent(proxy))),
+    weakref.ProxyType: _made_of(lambda proxy: (weakref.proxy, referent(proxy))),
+    weakref.CallableProxyType: _made_of(lambda proxy: (weakref.proxy, referent(proxy))),
     weakref.WeakSet: _made_of(lambda values: (weakref.WeakSet, list(values))),
     weakref.WeakValueDictionary: _made_of(lambda values: (weakref.WeakValueDictionary, dict(values))),
     weakref.WeakKeyDictionary: _made_of(lambda values: (weakref.WeakKeyDictionary, dict(values))),

@@ -270,6 +270,16 @@ def test_a_hook_between_the_two_sees_what_it_saw():
     assert seen[0] == pytest.approx(seen[1])
 
 
+def test_a_weak_proxy_of_what_is_gone():
+    model = prepared(Pair(*conv_norm(3, 3)))
+    gone = Holder()
+    vars(model)["parents"] = [weakref.proxy(gone), weakref.ref(gone)]
+    del gone
+    deployed = deploy(model)
+    assert len(report(deployed).fused) == 1
+    assert_same(model, deployed, X)
+
+
 def test_the_selection_leaves_a_pair_that_shares_a_convolution():
     torch.manual_seed(0)
     first, second = ConvNormAct(3, 3), ConvNormAct(3, 3)

@@ -18,6 +18,7 @@ from torch.fx import Node
 from torch.nn.parameter import is_lazy
 
 from convbn_fx import kinds
+from convbn_fx.fx.copying import referent
 from convbn_fx.fx.matching import find_pairs_in, reads_metadata
 from convbn_fx.fx.pairs import OwnedPair
 from convbn_fx.fx.private_copy import PrivateCopy, private_copy
@@ -445,8 +446,8 @@ def _told(module: nn.Module) -> str:
 
 def _targets(value: Any) -> Iterable[Any]:
     """What a value refers to, in ways that a forward can follow."""
-    if isinstance(value, weakref.ProxyTypes):
-        return [value.__repr__.__self__]
+    if issubclass(type(value), (weakref.ReferenceType, *weakref.ProxyTypes)):
+        return [referent(value)]
     if isinstance(value, Tensor):
         return ()
     if isinstance(value, nn.Module):
@@ -457,8 +458,6 @@ def _targets(value: Any) -> Iterable[Any]:
         return [*hooks, *([value.module] if any(map(_uses_its_module, hooks)) else ())]
     if isinstance(value, FunctionType):
         return [value.__closure__, value.__defaults__, value.__kwdefaults__, value.__dict__]
-    if isinstance(value, weakref.ReferenceType):
-        return [value()]
     return gc.get_referents(value)
 
 
