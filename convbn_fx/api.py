@@ -22,10 +22,11 @@ from convbn_fx.fx.rewriting import copied, rewrite, unfuse, unfuse_activations
 from convbn_fx.kinds.modes import batch_norms, selected
 from convbn_fx.records import Report, SavedLess, Skip, SkipReason, without_wrappers
 from convbn_fx.tuning.cloning import Model, clone, untuned_class
+from convbn_fx.tuning.exploring.changed_ways import goes_another_way
 from convbn_fx.tuning.exploring.discovery import Discovery, Explored, discover
 from convbn_fx.tuning.exploring.exploration import GuessedTensor
+from convbn_fx.tuning.exploring.other_uses import refusals
 from convbn_fx.tuning.exploring.untaken import CodeRun
-from convbn_fx.tuning.exploring.uses import doubts, goes_another_way
 from convbn_fx.tuning.linking import file_report, keep_in_eval_mode, link, orphaned, save_less_in
 from convbn_fx.tuning.tuned_classes import REPORT, STAYS_IN_EVAL_MODE
 
@@ -342,7 +343,7 @@ def _baked(model: Model, names: Iterable[str], found: Discovery, code: CodeRun) 
     chosen = [pair for pair in found.pairs if _is_inside(pair.owner, names)]
     computed = [pair for pair in chosen if pair.to_function or isinstance(pair.operands, str)]
     others = [pair for pair in chosen if pair not in computed]
-    baked, skips = bake(model, others, doubts(model, found, others, code))
+    baked, skips = bake(model, others, refusals(model, found, others, code))
     skips += [
         Skip(pair.record.batch_norm, SkipReason.FUNCTION_CALL, "" if pair.to_function else str(pair.operands))
         for pair in computed
