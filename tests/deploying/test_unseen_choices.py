@@ -193,6 +193,9 @@ HARMLESS = {
     "an error": (
         "if x.dtype is torch.int64:\n            raise TypeError(str(x))\n        return self.norm(self.conv0(x))"
     ),
+    "whether an attribute is True": (
+        "skip = getattr(self.norm, 'inplace', False) is True\n        return self.norm(self.conv0(x)) * (1 + skip)"
+    ),
     "an argument handed on": "return self.inner(x, *args, **kwargs)",
     "a list that is unpacked": (
         "if isinstance(x, list):\n            x = x[0]\n        return self.norm(self.conv0(x))"

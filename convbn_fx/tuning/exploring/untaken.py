@@ -303,7 +303,11 @@ def _asks(code: CodeType, is_given_constants: bool) -> str:
             told = str(each.argval)
         elif is_given_constants:
             continue
-        elif each.opname == "IS_OP" and not is_branch(after):
+        elif (
+            each.opname == "IS_OP"
+            and not is_branch(after)
+            and instructions[place - 1].argval not in (True, False)
+        ):
             told = "what an object is" if variables(computing(instructions, place)) - {"self", "cls"} else ""
         elif each.offset in answers:
             told = "what something is"
