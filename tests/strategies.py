@@ -256,12 +256,21 @@ class Norm(Step):
         return _spelled(torch.batch_norm, arguments, len(arguments))
 
 
+#: Smooth ones: at a kink, rounding errors would decide what a gradient is.
+ACTIVATIONS: dict[str, tuple[type[nn.Module], Callable[..., Tensor]]] = {
+    "ELU": (nn.ELU, F.elu),
+    "SiLU": (nn.SiLU, F.silu),
+    "Mish": (nn.Mish, F.mish),
+}
+
+
 @_step
 class Activation(Step):
-    """A smooth activation: at a kink, rounding errors would decide what a gradient is."""
+    """An activation."""
 
     form: str = "module"  # or "function" or "method"
     in_place: bool = False
+    kind: str = "ELU"
 
     name = "activation"
 
@@ -270,23 +279,24 @@ class Activation(Step):
         return self.in_place or self.form != "method"
 
     def build(self) -> nn.Module | None:
-        return nn.ELU(inplace=self.in_place) if self.form == "module" else None
+        return ACTIVATIONS[self.kind][0](inplace=self.in_place) if self.form == "module" else None
 
     def call(self, layer: Any, *values: Tensor) -> Tensor:
         (input,) = values
         if self.form == "module":
             return layer(input)
         if self.form == "function":
-            return F.elu(input, 1.0, self.in_place)
+            return ACTIVATIONS[self.kind][1](input, inplace=self.in_place)
         return input.tanh_() if self.in_place else input.tanh()
 
 
 @_step
 class Combine(Step):
-    """A residual addition, or a concatenation of channels."""
+    """A residual addition, a concatenation of channels, or a product with a gate."""
 
     other: int
     concatenates: bool = False
+    gates: bool = False
 
     makes_new_tensor = True
 
@@ -300,6 +310,8 @@ class Combine(Step):
 
     def call(self, layer: Any, *values: Tensor) -> Tensor:
         left, right = values
+        if self.gates:
+            return left * right.sigmoid()
         return torch.cat([left, right], 1) if self.concatenates else left + right
 
 
@@ -810,7 +822,8 @@ def _norm_steps(draw: st.DrawFn, scope: _Scope) -> Norm:
 def _activation_steps(draw: st.DrawFn, scope: _Scope) -> Activation:
     source = draw(_sources(scope))
     form = draw(st.sampled_from(["module", "function", "method"]))
-    return Activation(source, form, in_place=source in scope.unread & scope.unsaved and draw(st.booleans()))
+    in_place = source in scope.unread & scope.unsaved and draw(st.booleans())
+    return Activation(source, form, in_place, draw(st.sampled_from(list(ACTIVATIONS))))
 
 
 @st.composite
@@ -821,7 +834,7 @@ def _combine_steps(draw: st.DrawFn, scope: _Scope) -> Combine:
     joinable = [value for value in joinable if shape[1] + scope.shapes[value][1] <= LARGEST_SIZE]
     concatenates = bool(joinable) and draw(st.booleans())
     right = draw(st.sampled_from(joinable if concatenates else scope.select(lambda other: other == shape)))
-    return Combine(left, right, concatenates)
+    return Combine(left, right, concatenates, gates=not concatenates and draw(st.booleans()))
 
 
 @st.composite
