@@ -283,7 +283,10 @@ CONVS = (
     "InterceptedConv",
 )
 NORMS = ("nn.BatchNorm2d", "NamedNorm", "FunctionalNorm", "FrozenNorm", "ActivatedNorm", "DoublingNorm")
-ACTS = ("nn.ReLU()", "nn.SiLU()", "SwishModule()", "nn.ReLU(inplace=True)", "nn.SiLU(inplace=True)")
+ACTS = (
+    *("nn.ReLU()", "nn.SiLU()", "SwishModule()", "nn.ReLU(inplace=True)", "nn.SiLU(inplace=True)"),
+    *("nn.GELU()", "nn.Mish(inplace=True)", "nn.ELU()", "nn.Hardswish(inplace=True)"),
+)
 #: Convolutions whose weight is a parameter of that name.
 WITH_WEIGHT = frozenset({*CONVS, "nn.Linear"}) - {"PropertyConv", "InterceptedConv"}
 #: Layers whose output is a new tensor that their backward pass does not need.
