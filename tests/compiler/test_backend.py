@@ -16,7 +16,7 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed, InvalidBackend
 from torch.utils.checkpoint import checkpoint
 
-from convbn_fx import report
+from convbn_fx import report, tune
 from convbn_fx.testing import assert_equivalent
 
 X = data(2, 3, 6, 6)
@@ -418,3 +418,25 @@ def test_branches_of_a_condition():
         for x in (X, -X):
             torch.testing.assert_close(candidate(x), model(x))
     assert pairs(candidate) == {("one.conv", "one.norm"), ("other.conv", "other.norm")}
+
+
+def test_compiled_autograd_runs_the_backward_pass_of_activations():
+    from torch._dynamo import compiled_autograd
+
+    model = prepared(
+        nn.Sequential(
+            *(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SiLU()),
+            *(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU6()),
+            *(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)),
+        )
+    )
+    image = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+
+    def gradients(model):
+        model.zero_grad()
+        model(image).square().sum().backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    expected = gradients(model)
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        torch.testing.assert_close(gradients(tune(model)), expected)

@@ -4,6 +4,7 @@
 // needs its input saves that alone: its output can be computed again (recomputation.h). So can the output of a batch
 // norm that stays. Where nothing trains, nobody saves the output, and a mask of one byte an element tells enough.
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
@@ -32,7 +33,10 @@ struct ActivationFunction : torch::autograd::Function<ActivationFunction> {
     if (!in_place) {
       output = activation(input);
     } else if (is_free) { // its memory has become that of what is kept
-      const Tensor computed = activation(kept.tensors[0]);
+      Tensor computed = activation(kept.tensors[0]);
+      if (computed.strides() != input.strides()) { // a backend's choice
+        computed = at::empty_like(input).copy_(computed);
+      }
       input.unsafeGetTensorImpl()->set_storage_keep_dtype(computed.storage());
     } else {
       activation.in_place(output);
@@ -46,10 +50,10 @@ struct ActivationFunction : torch::autograd::Function<ActivationFunction> {
       // Without complaint where it is changed in place later, which is allowed where PyTorch saves the input; then a
       // witness tells, and the input is computed again.
       ctx->save_for_backward({output.variable_data()});
-      auto witness = c10::make_intrusive<at::TensorImpl>(
-          c10::DispatchKeySet(c10::DispatchKey::CPU), caffe2::TypeMeta::Make<float>(), at::kCPU);
-      witness->set_version_counter(output.unsafeGetTensorImpl()->version_counter());
-      ctx->saved_data["witness"] = Tensor(std::move(witness));
+      static const Tensor empty(at::detail::empty_cpu({0}, at::kFloat)); // whatever modes are on
+      const Tensor witness = empty.variable_data();
+      witness.unsafeGetTensorImpl()->set_version_counter(output.unsafeGetTensorImpl()->version_counter());
+      ctx->saved_data["witness"] = witness;
       ctx->saved_data["version"] = static_cast<int64_t>(output._version()) + in_place; // marked as dirty, it gets one more
     } else {
       ctx->save_for_backward(kept.tensors);
@@ -74,7 +78,6 @@ struct ActivationFunction : torch::autograd::Function<ActivationFunction> {
     const auto saves = static_cast<Saves>(ctx->saved_data["saves"].toInt());
     const variable_list saved = ctx->get_saved_variables();
     const Recipe recipe = Recipe::saved(ctx);
-    const auto node = get_current_node();
     const auto witness = ctx->saved_data.find("witness");
     const bool by_output = saves == Saves::kOutput;
     const bool is_changed =
@@ -85,13 +88,14 @@ struct ActivationFunction : torch::autograd::Function<ActivationFunction> {
       return found;
     }
     if (is_changed) {
-      const Tensor input = with_history(computed_again(node->next_edge(0).function.get()), node->next_edge(0));
+      const Edge edge = edge_of_input(0);
+      const Tensor input = with_history(computed_again(edge.function.get()), edge);
       found[0] = activation.backward_by_input(grad, input);
       return found;
     }
     Tensor value = recipe(saved);
     if (by_output || !recipe.is_empty()) {
-      value = with_history(value, by_output ? Edge(node, 0) : node->next_edge(0));
+      value = with_history(value, by_output ? Edge(get_current_node(), 0) : edge_of_input(0));
     }
     found[0] = saves == Saves::kMask ? activation.backward_by_mask(grad, value) : activation.backward(grad, value);
     return found;
@@ -128,7 +132,7 @@ struct FrozenBatchNorm : torch::autograd::Function<FrozenBatchNorm> {
     const Recipe recipe = Recipe::saved(ctx);
     Tensor input = recipe(variable_list(saved.begin() + 3, saved.end()));
     if (!recipe.is_empty()) {
-      input = with_history(input, get_current_node()->next_edge(0));
+      input = with_history(input, edge_of_input(0));
     }
     const auto is_there = ctx->saved_data["is_there"].toIntVector();
     const bool wants_input = ctx->needs_input_grad(0);
@@ -174,13 +178,12 @@ struct Product : torch::autograd::Function<Product> {
     if (!grad.defined()) {
       return found;
     }
-    const auto node = get_current_node();
     const variable_list saved = ctx->get_saved_variables();
     const auto middle = saved.begin() + ctx->saved_data["of_left"].toInt();
     const auto factor = [&](const std::string& name, size_t edge, variable_list tensors) {
       const Recipe recipe = Recipe::saved(ctx, name);
       const Tensor value = recipe(tensors);
-      return recipe.is_empty() ? value : with_history(value, node->next_edge(edge));
+      return recipe.is_empty() ? value : with_history(value, edge_of_input(edge));
     };
     const Tensor left = factor("left", 0, variable_list(saved.begin(), middle));
     const Tensor right = factor("right", 1, variable_list(middle, saved.end()));

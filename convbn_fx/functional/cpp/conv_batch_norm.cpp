@@ -285,7 +285,7 @@ struct ConvBatchNorm : torch::autograd::Function<ConvBatchNorm> {
     bool was_recomputed = false;
     Tensor input = saved_input(ctx, saved, was_recomputed);
     if (was_recomputed) {
-      input = with_history(input, torch::autograd::get_current_node()->next_edge(0));
+      input = with_history(input, edge_of_input(0));
     }
     size_t edge = 0; // of the tensors that there were
     std::array<bool, 5> wanted{};
@@ -379,7 +379,10 @@ bool can_be_computed_again(const Tensor& tensor) {
 
 Tensor computed_again(const torch::autograd::Node* node) {
   const auto* pair = as_pair(node);
-  TORCH_INTERNAL_ASSERT(pair != nullptr);
+  TORCH_CHECK(
+      pair != nullptr,
+      "an activation's output was changed in place, and compiled autograd does not tell what had computed its input: tune with "
+      "activations=False");
   at::NoGradGuard no_grad;
   return ConvBatchNorm::computed_again(const_cast<AutogradContext*>(&pair->ctx_));
 }

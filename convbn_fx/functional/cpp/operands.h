@@ -134,7 +134,8 @@ inline bool is_memory(const Tensor& tensor) {
 // Whether nobody else has a view of the tensor's memory, which it fills: memory of PyTorch's, not of an array or a file.
 inline bool is_memory_of_its_own(const Tensor& tensor) {
   return tensor.storage().use_count() == 1 && is_memory(tensor) && tensor.storage().resizable() &&
-      tensor.storage_offset() == 0 && tensor.is_non_overlapping_and_dense();
+      tensor.storage_offset() == 0 && tensor.is_non_overlapping_and_dense() &&
+      tensor.unsafeGetTensorImpl()->allow_tensor_metadata_change();
 }
 
 struct BatchNorm {

@@ -261,6 +261,12 @@ inline Tensor with_history(Tensor tensor, const torch::autograd::Edge& edge) {
   return tensor;
 }
 
+// The history of an input of the node whose backward pass is running; none where a compiler runs it, which records nothing.
+inline torch::autograd::Edge edge_of_input(size_t number) {
+  const auto node = torch::autograd::get_current_node();
+  return node ? node->next_edge(number) : torch::autograd::Edge();
+}
+
 // What a pair has computed, from what its node has saved.
 Tensor computed_again(const torch::autograd::Node* node);
 
