@@ -99,6 +99,11 @@ def saved_tensors_hooks() -> Any:
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
+def are_of_checkpoint(hooks: Any) -> bool:
+    """Whether these hooks on saved tensors are those of a region that is recomputed."""
+    return hooks is not None and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint"
+
+
 def leave_saved_tensors_hooks() -> None:
     """Leaves the innermost hooks on saved tensors."""
     torch._C._autograd._pop_saved_tensors_default_hooks()

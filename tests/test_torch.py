@@ -12,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import vmap
 from torch.nn.modules.module import register_module_forward_hook
 from torch.package.importer import sys_importer
+from torch.utils.checkpoint import checkpoint
 
 import convbn_fx
 from convbn_fx import _torch
@@ -31,6 +32,20 @@ def test_base_classes_of_layers(rank):
     assert issubclass(_torch.ConvTransposeBase, _torch.ConvBase)
     assert not issubclass(conv, _torch.ConvTransposeBase)
     assert not issubclass(nn.InstanceNorm2d, _torch.BatchNormBase)
+
+
+def test_hooks_of_a_checkpoint():
+    seen = []
+
+    def region(x):
+        seen.append(_torch.are_of_checkpoint(_torch.saved_tensors_hooks()))
+        return x * x
+
+    checkpoint(region, X.clone().requires_grad_(), use_reentrant=False)
+    with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        region(X)
+    region(X)
+    assert seen == [True, False, False]
 
 
 def test_a_hook_with_its_module():

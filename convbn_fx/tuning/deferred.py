@@ -244,9 +244,9 @@ class Waiting:
         return self.surroundings[-1] is None
 
     @property
-    def is_in_region(self) -> bool:
-        """Whether what the convolution saves is recomputed or offloaded."""
-        return self.surroundings[1] is not None
+    def is_recomputed(self) -> bool:
+        """Whether the convolution is in a checkpoint."""
+        return _torch.are_of_checkpoint(self.surroundings[1])
 
     def normalized_by(self, norm: nn.Module | BatchNorm) -> Tensor | None:
         """What the batch norm makes of the output; None where it has to look at the output itself."""
@@ -355,7 +355,7 @@ class Deferred(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Any function of PyTorch computes with the convolution's output."""
-        if func in _METADATA and not (func == _DEVICE and args[0].waiting.is_in_region):
+        if func in _METADATA and not (func == _DEVICE and args[0].waiting.is_recomputed):
             with _torch.DisableTorchFunction():
                 return func(*args, **(kwargs or {}))
         return func(*materialized(args), **materialized(kwargs or {}))
