@@ -11,6 +11,7 @@ from bench.harness.better import better_than_tune
 from bench.harness.contenders import MEANING
 from bench.harness.markdown import table
 from bench.harness.results import RESULTS, Result, read
+from bench.paper import beside
 
 PAGE = Path("docs/benchmarks.md")
 PICTURES = Path("docs/figures")
@@ -22,9 +23,8 @@ HEAD = """# Benchmarks
 Every table comes from one file in `bench/results`, which holds every sample, the command and the environment. Times
 are compared within a run only, contenders in turns; a difference of a few per cent is noise on a shared machine.
 
-A benchmark names the table or figure of the paper (You et al., arXiv 2305.11624) that it repeats. The paper's numbers
-do not stand beside those measured here, because its tables were not at hand when this was written; the one figure that
-was, from the pull request that brought its formula into PyTorch's compiler, does.
+A benchmark names the table or figure of the paper (You et al., arXiv 2305.11624) that it repeats, and has the paper's
+numbers beside its own; they are in `bench/paper`.
 """
 
 
@@ -92,6 +92,7 @@ def _sections(results: list[Result]) -> Iterator[str]:
         yield f"{module.__doc__.strip()}\n"
         yield f"`{result.command}`\n"
         yield from module.tables(result)
+        yield from beside(result)
         yield from (f"- {note}" for note in result.notes)
         picture = PICTURES / f"{result.benchmark}-{_device(result)}.png"
         picture.parent.mkdir(exist_ok=True)
