@@ -285,6 +285,9 @@ struct ConvBatchNorm : torch::autograd::Function<ConvBatchNorm> {
     bool was_recomputed = false;
     Tensor input = saved_input(ctx, saved, was_recomputed);
     if (was_recomputed) {
+      if (ctx->needs_input_grad(0)) {
+        hand_over(edge_of_input(0).function.get(), input);
+      }
       input = with_history(input, edge_of_input(0));
     }
     size_t edge = 0; // of the tensors that there were

@@ -267,6 +267,9 @@ inline torch::autograd::Edge edge_of_input(size_t number) {
   return node ? node->next_edge(number) : torch::autograd::Edge();
 }
 
+// Lets an activation that has to compute its output again know that it was computed just now: its node is about to run.
+void hand_over(const torch::autograd::Node* activation, const Tensor& output);
+
 // What a pair has computed, from what its node has saved.
 Tensor computed_again(const torch::autograd::Node* node);
 
