@@ -297,6 +297,29 @@ def test_other_memory_under_the_output_is_noticed():
     assert_same(function)
 
 
+def test_another_order_of_the_same_memory_is_noticed():
+    def function(self, x):
+        y = self.act("silu", self.pair(x))
+        y.data = y.data.transpose(2, 3)
+        return self.pair(y, 1)
+
+    assert X.shape[2] == X.shape[3]
+    assert_same(function)
+
+
+def test_what_was_handed_over_is_not_kept():
+    """A convolution hands the output that it computes again over to the activation, once in each backward pass."""
+    program = Program(None, True)
+    x = X.clone().requires_grad_()
+    y = program.act("relu", program.norm(x))
+    loss = program.pair(y, 1).sin().sum()
+    first = torch.autograd.grad(loss, [x, y], retain_graph=True)
+    second = torch.autograd.grad(loss, [x, y], retain_graph=True)
+    (third,) = torch.autograd.grad(loss, [x], retain_graph=True)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    torch.testing.assert_close(third, first[0], rtol=0, atol=0)
+
+
 def test_other_memory_under_the_input_is_noticed():
     def gradient(saves_less):
         program = Program(None, saves_less)
