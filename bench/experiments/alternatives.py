@@ -1,6 +1,6 @@
 """Tune mode beside whatever a user could pick instead: memory, time, and what still trains (the paper's tables 11, 12).
 
-All contenders run one ResNet-50 in one process and take turns. Eager ones are counted on tensors that hold no memory;
+All contenders of a network run in one process and take turns. Eager ones are counted on tensors that hold no memory;
 what a compiler or an extension makes runs on real tensors alone, and is counted there.
 """
 
@@ -8,7 +8,7 @@ import copy
 import importlib
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -31,34 +31,47 @@ from bench.harness.contenders import (
     EAGER,
     EVAL,
     FROZEN,
+    HALF_BUDGET,
     INPLACE,
     MEANING,
+    PAIRS,
+    SELECTIVE,
+    THIRD_BUDGET,
     TRAIN,
     TUNE,
     TUNE_CHECKPOINT,
     checkpointed,
     compiled,
+    within_budget,
 )
 from bench.harness.inplace_abn import with_inplace_abn
 from bench.harness.markdown import error, megabytes, spread, table
 from bench.harness.models import MODELS
 from bench.harness.results import Options, Result
-from bench.harness.steps import count, counted_peak, images, peak, times, total, training_step
+from bench.harness.steps import count, counted_held, counted_peak, images, peak, times, total, training_step
 from bench.harness.timing import ratio
 from convbn_fx.memory import saved_bytes
 from convbn_fx.testing import randomize_batchnorms
 
 Make = Callable[[nn.Module], nn.Module]
 
-EAGER_CONTENDERS: Final = (TRAIN, EVAL, TUNE, COMPOSITE, DEPLOY, FROZEN, CHECKPOINT, TUNE_CHECKPOINT)
-CONTENDERS: Final = (*EAGER_CONTENDERS, COMPILED, COMPILED_FLAG, COMPILED_CONVBN, INPLACE)
+EAGER_CONTENDERS: Final = (
+    *(TRAIN, EVAL, TUNE, PAIRS, COMPOSITE, DEPLOY, FROZEN),
+    *(CHECKPOINT, SELECTIVE, TUNE_CHECKPOINT),
+)
+CONTENDERS: Final = (
+    *EAGER_CONTENDERS,
+    *(COMPILED, HALF_BUDGET, THIRD_BUDGET, COMPILED_FLAG, COMPILED_CONVBN, INPLACE),
+)
 
 #: Those that recompute their blocks, which hides what they save from whoever counts it.
-RECOMPUTING: Final = (CHECKPOINT, TUNE_CHECKPOINT)
+RECOMPUTING: Final = (CHECKPOINT, SELECTIVE, TUNE_CHECKPOINT)
 
 #: What a smoke test has in the place of inductor: it takes seconds, and has no flag.
 SMOKE_COMPILERS: Final[dict[str, Make]] = {
     COMPILED: lambda model: compiled(model, "aot_eager"),
+    HALF_BUDGET: lambda model: within_budget(model, 0.5, "aot_eager_decomp_partition"),
+    THIRD_BUDGET: lambda model: within_budget(model, 0.3, "aot_eager_decomp_partition"),
     COMPILED_FLAG: lambda model: compiled(model, "aot_eager"),
     COMPILED_CONVBN: lambda model: compiled(model, "convbn", inner="aot_eager"),
 }
@@ -80,6 +93,11 @@ class Sizes(NamedTuple):
         return (batch, 3, self.image, self.image)
 
 
+#: The networks, of which the first is the paper's.
+NETWORKS: Final = ("resnet50", "mobilenet_v2", "efficientnet_b0")
+#: Their blocks, which checkpointing recomputes, by the names of their classes.
+BLOCKS: Final = ("Bottleneck", "InvertedResidual", "DepthwiseSeparableConv")
+TOYS: Final = ("toy",)
 FULL: Final = Sizes(224, (4, 16))
 SMOKE: Final = Sizes(32, (2, 4))
 
@@ -96,13 +114,7 @@ def run(options: Options) -> tuple[dict[str, Any], list[dict[str, Any]], list[st
         Settings, rows and notes.
     """
     sizes = SMOKE if options.smoke else FULL
-    torch.manual_seed(0)
-    model = randomize_batchnorms((_toy() if options.smoke else MODELS["resnet50"]()).eval(), seed=0)
-    rows: Rows = {name: _empty_row(name, sizes) for name in CONTENDERS}
-    eager = _eager(model)
-    _count(rows, eager, sizes)
-    _compare_in_float64(rows, model, sizes, options.device)
-    _measure(rows, model, eager, sizes, options)
+    found = {name: _of_network(name, sizes, options) for name in (TOYS if options.smoke else NETWORKS)}
     settings = {
         "image": sizes.image,
         "batches": sizes.batches,
@@ -111,7 +123,22 @@ def run(options: Options) -> tuple[dict[str, Any], list[dict[str, Any]], list[st
         "compiler": "aot_eager" if options.smoke else "inductor",
         "allow_tf32": torch.backends.cudnn.allow_tf32,
     }
-    return settings, list(rows.values()), list(_notes(rows, sizes, options))
+    return (
+        settings,
+        [row for rows in found.values() for row in rows.values()],
+        list(_notes(found, sizes, options)),
+    )
+
+
+def _of_network(network: str, sizes: Sizes, options: Options) -> Rows:
+    torch.manual_seed(0)
+    model = randomize_batchnorms((_toy() if options.smoke else MODELS[network]()).eval(), seed=0)
+    rows: Rows = {name: _empty_row(network, name, sizes) for name in CONTENDERS}
+    eager = _eager(model)
+    _count(rows, eager, sizes)
+    _compare_in_float64(rows, model, sizes, options.device)
+    _measure(rows, model, eager, sizes, options)
+    return rows
 
 
 def _toy() -> nn.Module:
@@ -120,7 +147,7 @@ def _toy() -> nn.Module:
     return nn.Sequential(stem, Bottleneck(8, 4, downsample=shortcut), Bottleneck(16, 4))
 
 
-def _empty_row(name: str, sizes: Sizes) -> dict[str, Any]:
+def _empty_row(network: str, name: str, sizes: Sizes) -> dict[str, Any]:
     """What a contender that cannot be measured has.
 
     `bytes` and `counted_peak` are by batch, `peak` that of the timed step; `float32` and `float64` the largest
@@ -128,6 +155,7 @@ def _empty_row(name: str, sizes: Sizes) -> dict[str, Any]:
     """
     by_batch = dict.fromkeys(map(str, sizes.batches))
     return {
+        "model": network,
         "contender": name,
         "bytes": by_batch,
         "counted_peak": by_batch,
@@ -142,10 +170,18 @@ def _empty_row(name: str, sizes: Sizes) -> dict[str, Any]:
     }
 
 
+#: What selective checkpointing keeps the outputs of.
+CONVOLUTIONS: Final = (torch.ops.aten.convolution.default,)
+
+
+def _is_block(module: nn.Module) -> bool:
+    return type(module).__name__ in BLOCKS
+
+
 def _eager(model: nn.Module) -> dict[str, nn.Module]:
-    recomputed = checkpointed(model, lambda module: isinstance(module, Bottleneck))
+    recomputed, selective = (checkpointed(model, _is_block, kept) for kept in ((), CONVOLUTIONS))
     made: dict[str, nn.Module] = {name: EAGER[name](model) for name in EAGER_CONTENDERS if name in EAGER}
-    return made | {CHECKPOINT: recomputed, TUNE_CHECKPOINT: convbn_fx.tune(recomputed)}
+    return made | {CHECKPOINT: recomputed, SELECTIVE: selective, TUNE_CHECKPOINT: convbn_fx.tune(recomputed)}
 
 
 # --- Counted on tensors that hold no memory -----------------------------------------------------------------------
@@ -154,8 +190,8 @@ def _eager(model: nn.Module) -> dict[str, nn.Module]:
 def _count(rows: Rows, eager: Mapping[str, nn.Module], sizes: Sizes) -> None:
     for name, module in eager.items():
         shapes = {str(batch): sizes.shape(batch) for batch in sizes.batches}
-        if name not in RECOMPUTING:
-            rows[name]["bytes"] = {batch: count(module, shape) for batch, shape in shapes.items()}
+        counted = counted_held if name in RECOMPUTING else count
+        rows[name]["bytes"] = {batch: counted(module, shape) for batch, shape in shapes.items()}
         rows[name]["counted_peak"] = {batch: counted_peak(module, shape) for batch, shape in shapes.items()}
 
 
@@ -200,7 +236,7 @@ def _measure(
         rows[name]["trains"] = _trains(model, module, batch)
         if name not in eager:
             rows[name]["bytes"] = rows[name]["bytes"] | {str(sizes.batches[0]): saved_bytes(module, batch)}
-        if name in (TUNE, COMPOSITE, TUNE_CHECKPOINT, COMPILED_CONVBN):
+        if name in (TUNE, PAIRS, COMPOSITE, TUNE_CHECKPOINT, COMPILED_CONVBN):
             rows[name]["pairs"] = len(convbn_fx.report(module).fused)
     steps = {name: training_step(module, batch) for name, module in modules.items()}
     for name, seconds in times(steps, options.turns, device).items():
@@ -269,15 +305,15 @@ def _first_line(problem: Exception) -> str:
 # --- Shown --------------------------------------------------------------------------------------------------------
 
 
-def _notes(rows: Rows, sizes: Sizes, options: Options) -> Iterator[str]:
+def _notes(found: Mapping[str, Rows], sizes: Sizes, options: Options) -> Iterator[str]:
     timed = f"{sizes.batches[0]}x{sizes.image}"
     yield (
         "Bytes are those that autograd saves for the backward pass, parameters and buffers apart, counted by storage. "
         f"What compilers and extensions make is counted on real tensors, at {timed}."
     )
     yield (
-        f"{' and '.join(RECOMPUTING)} keep what they recompute out of that count's sight; their peaks tell what they "
-        "hold."
+        f"{', '.join(RECOMPUTING)} keep what they recompute out of that count's sight: theirs are the bytes of all "
+        "tensors that live between forward and backward."
     )
     yield (
         "The counted peak follows every tensor of a whole step, but not what an operator allocates inside of itself; "
@@ -289,16 +325,17 @@ def _notes(rows: Rows, sizes: Sizes, options: Options) -> Iterator[str]:
         "Differences are the largest of the output from Eval's, relative to its largest value. What compilers and "
         f"extensions make is compared in float32 alone. {TRAIN} is meant to differ: it normalises by other statistics."
     )
-    if rows[INPLACE]["seconds"] is not None:
+    if any(rows[INPLACE]["seconds"] is not None for rows in found.values()):
         yield f"{INPLACE} computes another function: its ReLUs are leaky, its gammas positive."
     if options.smoke:
         yield (
             "A toy network, compiled by aot_eager in the place of inductor: it has no flag, and recomputes nothing, so "
             "that it saves fused weights."
         )
-    for row in rows.values():
-        if row["reason"]:
-            yield f"{row['contender']} was not measured: {row['reason']}"
+    for network, rows in found.items():
+        for row in rows.values():
+            if row["reason"]:
+                yield f"{row['contender']} of {network} was not measured: {row['reason']}"
 
 
 def tables(result: Result) -> Iterator[str]:
@@ -312,10 +349,27 @@ def tables(result: Result) -> Iterator[str]:
     """
     image, batches = result.settings["image"], result.settings["batches"]
     labels = [f"{batch}x{image}" for batch in batches]
-    yield "".join(f"- **{row['contender']}**: {MEANING[row['contender']]}\n" for row in result.rows)
+    contenders = dict.fromkeys(row["contender"] for row in result.rows)
+    yield "".join(f"- **{name}**: {MEANING[name]}\n" for name in contenders)
+    for rows in by_network(result).values():
+        yield from _tables_of(rows, labels, batches)
+
+
+def by_network(result: Result) -> dict[str, list[Mapping[str, Any]]]:
+    """The rows of each network."""
+    rows: dict[str, list[Mapping[str, Any]]] = {}
+    for row in result.rows:
+        rows.setdefault(row["model"], []).append(row)
+    return rows
+
+
+def _tables_of(
+    rows: Sequence[Mapping[str, Any]], labels: Sequence[str], batches: Sequence[int]
+) -> Iterator[str]:
+    network = rows[0]["model"]
     yield table(
         (
-            "MB",
+            f"{network}, MB",
             *(f"saved, {label}" for label in labels),
             *(f"counted peak, {label}" for label in labels),
             f"measured peak, {labels[0]}",
@@ -326,12 +380,12 @@ def tables(result: Result) -> Iterator[str]:
                 *(megabytes(row[key][str(batch)]) for key in ("bytes", "counted_peak") for batch in batches),
                 megabytes(row["peak"]),
             )
-            for row in result.rows
+            for row in rows
         ),
     )
     yield table(
         (
-            f"time, {labels[0]}",
+            f"{network}, time, {labels[0]}",
             "ms a step",
             "/ Eval",
             "compiling, s",
@@ -340,12 +394,11 @@ def tables(result: Result) -> Iterator[str]:
             "difference, float32",
             "difference, float64",
         ),
-        _timed_lines(result.rows),
+        _timed_lines(rows),
     )
 
 
-def _timed_lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[object, ...]]:
-    rows = list(rows)
+def _timed_lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[object, ...]]:
     (reference,) = (row["seconds"] for row in rows if row["contender"] == EVAL)
     for row in rows:
         seconds, compile_seconds = row["seconds"], row["compile_seconds"]
@@ -371,12 +424,13 @@ def cases(result: Result) -> Iterator[Case]:
         The one that was measured, and those that were counted.
     """
     batches, image = result.settings["batches"], result.settings["image"]
-    peaks = {row["contender"]: row["peak"] for row in result.rows}
-    seconds = {row["contender"]: row["seconds"] for row in result.rows}
-    yield Case(f"resnet50, {batches[0]}x{image}", peaks, seconds)
-    for batch in batches:
-        counted = {row["contender"]: row["counted_peak"][str(batch)] for row in result.rows}
-        yield Case(f"resnet50, {batch}x{image}, counted", counted, {})
+    for network, rows in by_network(result).items():
+        peaks = {row["contender"]: row["peak"] for row in rows}
+        seconds = {row["contender"]: row["seconds"] for row in rows}
+        yield Case(f"{network}, {batches[0]}x{image}", peaks, seconds)
+        for batch in batches:
+            counted = {row["contender"]: row["counted_peak"][str(batch)] for row in rows}
+            yield Case(f"{network}, {batch}x{image}, counted", counted, {})
 
 
 def plot(result: Result) -> Figure:
@@ -388,19 +442,28 @@ def plot(result: Result) -> Figure:
     Returns:
         A figure of two panels.
     """
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    panels = figure.subplots(1, 2)
+    networks = by_network(result)
+    figure = Figure(figsize=(9, 4.2 * len(networks)), layout="constrained")
+    grid = figure.subplots(len(networks), 2, squeeze=False)
     image, batch = result.settings["image"], str(result.settings["batches"][0])
-    for row, marker in zip(result.rows, "osD^v<>pP*Xh", strict=True):
-        if row["seconds"] is None:
-            continue
-        milliseconds = 1e3 * statistics.median(row["seconds"])
-        for panel, size in zip(panels, (row["bytes"][batch], row["peak"]), strict=True):
-            # A contender without this size keeps its place in the legend and its colour.
-            points = ([], []) if size is None else ([milliseconds], [size / 1e6])
-            panel.plot(*points, marker, markersize=8, label=row["contender"])
-    for panel, memory in zip(panels, ("saved for the backward pass", "at the peak of a step"), strict=True):
-        panel.margins(0.1)
-        panel.set(xlabel=f"ms a step, {batch}x{image}", ylabel=f"MB {memory}", xlim=(0, None), ylim=(0, None))
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
+    for panels, (network, rows) in zip(grid, networks.items(), strict=True):
+        for row, marker in zip(rows, MARKERS, strict=False):
+            if row["seconds"] is None:
+                continue
+            milliseconds = 1e3 * statistics.median(row["seconds"])
+            for panel, size in zip(panels, (row["bytes"][batch], row["peak"]), strict=True):
+                # A contender without this size keeps its place in the legend and its colour.
+                points = ([], []) if size is None else ([milliseconds], [size / 1e6])
+                panel.plot(*points, marker, markersize=8, label=row["contender"])
+        for panel, memory in zip(
+            panels, ("held for the backward pass", "at the peak of a step"), strict=True
+        ):
+            panel.margins(0.1)
+            panel.set(title=network, xlabel=f"ms a step, {batch}x{image}", ylabel=f"MB {memory}")
+            panel.set(xlim=(0, None), ylim=(0, None))
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
     return figure
+
+
+#: One for each contender.
+MARKERS: Final = "osD^v<>pP*Xhd8H4"

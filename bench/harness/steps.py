@@ -58,6 +58,19 @@ def counted_peak(model: nn.Module, shape: Sequence[int]) -> int:
     convolution's workspace, a weight in another layout. And it sees the sum of two gradients as a third tensor, where
     autograd, with nobody watching, may add in place.
     """
+    return _allocated(model, shape)[1]
+
+
+def counted_held(model: nn.Module, shape: Sequence[int]) -> int:
+    """Bytes that are held between forward and backward besides parameters, buffers, images and the output.
+
+    What [`count`][bench.harness.steps.count] tells, and what regions that are recomputed hide from it.
+    """
+    return _allocated(model, shape)[0]
+
+
+def _allocated(model: nn.Module, shape: Sequence[int]) -> tuple[int, int]:
+    """Bytes that are held between forward and backward, and at the peak of both."""
     mode = FakeTensorMode()
     with FakeCopyMode(mode):
         model = copy.deepcopy(model)
@@ -67,8 +80,14 @@ def counted_peak(model: nn.Module, shape: Sequence[int]) -> int:
             batch = batch.to(memory_format=torch.channels_last)
         allocations = _Allocations((*model.parameters(), *model.buffers(), batch))
         with allocations:
-            total(model(batch)).backward()
-    return allocations.peak
+            outputs = model(batch)
+            held = allocations.now - sum(
+                leaf.untyped_storage().nbytes() for leaf in pytree.tree_leaves(outputs)
+            )
+            result = total(outputs)
+            del outputs
+            result.backward()
+    return held, allocations.peak
 
 
 class _Allocations(TorchDispatchMode):
@@ -79,7 +98,7 @@ class _Allocations(TorchDispatchMode):
 
     def __init__(self, known: Sequence[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.peak = self._now = 0
+        self.peak = self.now = 0
         self._alive = {id_: weakref.ref(storage) for id_, storage in map(_storage, known)}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -87,18 +106,18 @@ class _Allocations(TorchDispatchMode):
         for leaf in pytree.tree_leaves(results):
             if isinstance(leaf, Tensor):
                 self._add(leaf)
-        self.peak = max(self.peak, self._now)
+        self.peak = max(self.peak, self.now)
         return results
 
     def _add(self, tensor: Tensor) -> None:
         id_, storage = _storage(tensor)
         if id_ not in self._alive:
-            self._now += storage.nbytes()
+            self.now += storage.nbytes()
             self._alive[id_] = weakref.ref(storage, partial(self._remove, id_, storage.nbytes()))
 
     def _remove(self, id_: int, size: int, _storage: Any) -> None:
         del self._alive[id_]
-        self._now -= size
+        self.now -= size
 
 
 def _storage(tensor: Tensor) -> tuple[int, torch.UntypedStorage]:

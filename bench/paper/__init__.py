@@ -143,7 +143,7 @@ def _of_adversarial(result: Result) -> Iterator[Beside]:
 
 def _of_alternatives(result: Result) -> Iterator[Beside]:
     """Beside Train: table 12 has no Eval."""
-    ours = {row["contender"]: row for row in result.rows if row.get("model", "resnet50") == "resnet50"}
+    ours = {row["contender"]: row for row in result.rows if row["model"] == "resnet50"}
     batch = str(result.settings["batches"][0])
     theirs = {(row["dataset"], row["method"]): row for row in rows("table12")}
     for method, contender in (("Inplace-ABN", INPLACE), ("Tune", TUNE)):
