@@ -70,14 +70,14 @@ def case(group, name, *args, **kwargs):
 class Block(nn.Module):
     """A residual block: 2 pairs, and 1 in the shortcut of a block that changes the number of channels."""
 
-    def __init__(self, channels_in, channels_out):
+    def __init__(self, channels_in, channels_out, activation=nn.ReLU):
         super().__init__()
         stride = 1 if channels_in == channels_out else 2
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False)
         self.norm1 = nn.BatchNorm2d(channels_out)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(channels_out)
-        self.act = nn.ReLU(inplace=True)
+        self.act = activation(inplace=True)
         self.shortcut = nn.Identity()
         if stride == 2:
             self.shortcut = nn.Sequential(
@@ -90,14 +90,17 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A small residual network with dropout, whose blocks its own forward can checkpoint."""
+    """A small residual network with dropout, whose blocks its own forward can checkpoint.
+
+    Its activations are saved in each of the ways there are: their input, their output, as PyTorch does.
+    """
 
     def __init__(self, use_reentrant=None):
         super().__init__()
         self.use_reentrant = use_reentrant
         self.conv = nn.Conv2d(3, 4, 3, padding=1)
         self.norm = nn.BatchNorm2d(4)
-        self.blocks = nn.ModuleList([Block(4, 4), Block(4, 8), Block(8, 8)])
+        self.blocks = nn.ModuleList([Block(4, 4, nn.SiLU), Block(4, 8, nn.ReLU6), Block(8, 8)])
         self.dropout = nn.Dropout(0.3)
         self.head = nn.Linear(8, 5)
 
