@@ -26,8 +26,49 @@ class Case(NamedTuple):
     seconds: Mapping[str, Sequence[float] | None]
 
 
+class Advantage(NamedTuple):
+    """What a contender takes less of, and where.
+
+    Attributes:
+        contender: Its name.
+        what: `memory` or `time`.
+        places: The cases' labels, and what it takes there as a fraction of Tune's.
+        of: How many cases it was compared in.
+    """
+
+    contender: str
+    what: str
+    places: Mapping[str, float]
+    of: int
+
+
+def advantages(cases: Iterable[Case]) -> list[Advantage]:
+    """Finds the contenders that take less memory, or less time in three rounds of four, and where.
+
+    Args:
+        cases: What was compared.
+
+    Returns:
+        One for each contender and advantage; memory first.
+    """
+    smaller: dict[str, dict[str, float | None]] = {}
+    faster: dict[str, dict[str, float | None]] = {}
+    for case in cases:
+        for contender, of_tune in _byte_ratios(case):
+            smaller.setdefault(contender, {})[case.label] = of_tune if of_tune < SMALLER else None
+        for contender, of_tune in _time_ratios(case):
+            faster.setdefault(contender, {})[case.label] = of_tune.median if of_tune.upper < 1 else None
+    found = []
+    for what, by_contender in (("memory", smaller), ("time", faster)):
+        for contender, compared in by_contender.items():
+            places = {label: of_tune for label, of_tune in compared.items() if of_tune is not None}
+            if places:
+                found.append(Advantage(contender, what, places, len(compared)))
+    return found
+
+
 def better_than_tune(cases: Iterable[Case]) -> Iterator[str]:
-    """Names the contenders that take less memory, or less time in three rounds of four, and where.
+    """Says of [`advantages`][bench.harness.better.advantages] what they are.
 
     Args:
         cases: What was compared.
@@ -35,18 +76,9 @@ def better_than_tune(cases: Iterable[Case]) -> Iterator[str]:
     Yields:
         A sentence for each contender and advantage.
     """
-    smaller: dict[str, list[str]] = {}
-    faster: dict[str, list[str]] = {}
-    for case in cases:
-        for contender, of_tune in _byte_ratios(case):
-            if of_tune < SMALLER:
-                smaller.setdefault(contender, []).append(f"{case.label} ({of_tune:.2f})")
-        for contender, of_tune in _time_ratios(case):
-            if of_tune.upper < 1:
-                faster.setdefault(contender, []).append(f"{case.label} ({of_tune.median:.2f})")
-    for advantage, found in (("takes less memory", smaller), ("takes less time", faster)):
-        for contender, places in found.items():
-            yield f"{contender} {advantage}: {'; '.join(places)}."
+    for contender, what, places, _ in advantages(cases):
+        where = "; ".join(f"{label} ({of_tune:.2f})" for label, of_tune in places.items())
+        yield f"{contender} takes less {what}: {where}."
 
 
 def _byte_ratios(case: Case) -> Iterator[tuple[str, float]]:

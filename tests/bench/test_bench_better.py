@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.harness.better import Case, better_than_tune
+from bench.harness.better import Case, advantages, better_than_tune
 from bench.harness.contenders import COMPILED_CONVBN, COMPOSITE, DEPLOY, EVAL, TUNE
 
 
@@ -40,3 +40,8 @@ def test_tune_mode_under_a_compiler_is_tune_mode():
 def test_all_places_are_in_one_sentence():
     cases = [Case(label, {TUNE: 100, DEPLOY: 50}, {}) for label in ("here", "there")]
     assert list(better_than_tune(cases)) == ["Deploy takes less memory: here (0.50); there (0.50)."]
+
+
+def test_an_advantage_tells_of_how_many_cases():
+    cases = [Case(str(bytes_), {TUNE: 100, DEPLOY: bytes_}, {}) for bytes_ in (50, 80, 100)]
+    assert advantages(cases) == [(DEPLOY, "memory", {"50": 0.5, "80": 0.8}, 3)]
