@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 import yaml
-from sources import DOCS, HOOKS, PAGES, ROOT
+from sources import DOCS, HOOKS, PAGES, ROOT, skip_without_operator
 from torch import nn
 
 import convbn_fx
@@ -70,6 +70,7 @@ COMMANDS = [
 @pytest.mark.usefixtures("real_costs")
 @pytest.mark.parametrize("block", list(snippets()))
 def test_a_block_runs(block, tmp_path, monkeypatch):
+    skip_without_operator(block)
     monkeypatch.chdir(tmp_path)
     torch.compiler.reset()
     exec(compile(block, "a block", "exec"), {"__name__": "readme"})

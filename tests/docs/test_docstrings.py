@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from sources import FILES, HOOKS, PAGES
+from sources import FILES, HOOKS, PAGES, skip_without_operator
 
 import convbn_fx
 
@@ -25,6 +25,7 @@ def examples():
 
 @pytest.mark.parametrize("block", list(examples()))
 def test_an_example_runs(block, tmp_path, monkeypatch):
+    skip_without_operator(block)
     monkeypatch.chdir(tmp_path)
     torch.compiler.reset()
     exec(compile(block, "an example", "exec"), {"__name__": "example"})
