@@ -8,6 +8,7 @@ from torch.fx import symbolic_trace
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet18
 
+import convbn_fx
 from convbn_fx.memory import saved_bytes
 
 X = torch.zeros(2, 3, 8, 8)
@@ -162,3 +163,13 @@ def test_the_model_and_the_random_state_are_left_as_found(count):
     assert torch.equal(state, torch.get_rng_state())
     assert torch.equal(x, X)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.ReLU])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_what_activations_save_is_counted_without_memory_too(activation, inplace):
+    pair = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), activation(inplace=inplace))
+    tuned = convbn_fx.tune(nn.Sequential(pair, nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)).eval())
+    shape = (2, 3, 32, 32)
+    counted = saved_bytes(tuned, torch.empty(()).expand(shape), fake=True)
+    assert counted == saved_bytes(tuned, torch.randn(shape))

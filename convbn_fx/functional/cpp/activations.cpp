@@ -52,8 +52,7 @@ struct ActivationFunction : torch::autograd::Function<ActivationFunction> {
       // Without complaint where it is changed in place later, which is allowed where PyTorch saves the input; then a
       // witness tells, and the input is computed again.
       ctx->save_for_backward({output.variable_data()});
-      static const Tensor empty(at::detail::empty_cpu({0}, at::kFloat)); // whatever modes are on
-      const Tensor witness = empty.variable_data();
+      const Tensor witness(at::detail::empty_cpu({0}, at::kFloat)); // not by an operator, which modes would see
       witness.unsafeGetTensorImpl()->set_version_counter(output.unsafeGetTensorImpl()->version_counter());
       ctx->saved_data["witness"] = witness;
       ctx->saved_data["version"] = static_cast<int64_t>(output._version()) + in_place; // marked as dirty, it gets one more
