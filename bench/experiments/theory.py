@@ -73,7 +73,8 @@ def run(options: Options) -> tuple[dict[str, Any], list[dict[str, Any]], list[st
 def _rows(name: str, shape: Sequence[int], seconds: float, device: str) -> Iterator[dict[str, Any]]:
     torch.manual_seed(0)
     model = randomize_batchnorms(MODELS[name]().eval(), seed=0)
-    variants = make(model, MODES)
+    # Of the pairs; what activations save besides is a line of its own.
+    variants = make(model, MODES) | {TUNE: convbn_fx.tune(model, activations=False)}
     pairs = convbn_fx.report(variants[TUNE]).fused
     calls = _calls(model, shape, pairs)
     pairs = sorted(pairs, key=list(calls).index)
@@ -94,6 +95,7 @@ def _rows(name: str, shape: Sequence[int], seconds: float, device: str) -> Itera
         measured={mode: count(variants[mode], shape) for mode in MODES},
         shared=_sums(row["shared"] for row in of_pairs),
         others={mode: kept[mode].others for mode in MODES},
+        with_activations=count(convbn_fx.tune(model), shape),
     )
 
 
@@ -128,7 +130,8 @@ def _row(**values: Any) -> dict[str, Any]:
     """A row, with None for what is not given.
 
     `pair` is the convolution's name, None for the whole model; `predicted`, `measured` and `shared` are bytes by mode:
-    shared is what an earlier pair saves already. `others` is what no pair saves; `traffic` the bytes that Tune mode
+    shared is what an earlier pair saves already. `others` is what no pair saves, `with_activations` what Tune
+    mode saves of the whole model where activations save less, too; `traffic` the bytes that Tune mode
     need not move; `seconds` those of a forward and backward pass of the pair alone, by mode.
     """
     keys = (
@@ -140,6 +143,7 @@ def _row(**values: Any) -> dict[str, Any]:
         "measured",
         "shared",
         "others",
+        "with_activations",
         "traffic",
         "seconds",
     )
@@ -344,6 +348,19 @@ def tables(result: Result) -> Iterator[str]:
             for mode in MODES
         ),
     )
+    whole = [
+        (model["model"], [model["measured"][EVAL], model["measured"][TUNE], model["with_activations"]])
+        for model in models
+        if model.get("with_activations") is not None  # results of before have none
+    ]
+    if whole:
+        yield table(
+            ("MB of the whole model", EVAL, "pairs alone", "with activations", "/ Eval", "/ pairs alone"),
+            (
+                (name, *map(megabytes, kept), *(f"{kept[2] / other:.3f}" for other in kept[:2]))
+                for name, kept in whole
+            ),
+        )
     yield table(
         ("time", "pairs folded", "GB of traffic saved", "ms saved", "GB/s", "quartiles"),
         (

@@ -46,13 +46,19 @@ def test_the_total_is_explained_to_the_byte(result):
     assert not any("does not explain" in note for note in result.notes)
 
 
+def test_activations_save_no_more_than_pairs_alone(result):
+    (model,) = [row for row in result.rows if row["pair"] is None]
+    assert model["with_activations"] <= model["measured"][TUNE]
+
+
 def test_every_pair_was_timed_in_turns(result):
     for row in pairs_of(result):
         assert len(row["seconds"][EVAL]) == len(row["seconds"][TUNE]) >= 2
 
 
 def test_tables_and_plot(result):
-    models, time, pairs = theory.tables(result)
+    models, activations, time, pairs = theory.tables(result)
+    assert activations.count("\n| unet | ") == 1
     assert models.count("\n| unet, ") == 3
     assert "| unet | 5 of 17 |" in time
     assert pairs.count("\n| unet ") == 17
