@@ -108,6 +108,8 @@ def checkpointed(model: nn.Module, block: Callable[[nn.Module], bool], kept: Seq
     """
     result = clone(model)
     for module in list(result.modules()):
+        if kept and getattr(module, "inplace", False):
+            module.__dict__["inplace"] = False  # what is kept must not be changed: squeeze-and-excite does so
         for name, child in module.named_children():
             if block(child):
                 setattr(module, name, _Checkpointed(child, kept))
