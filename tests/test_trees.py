@@ -196,8 +196,12 @@ def made(function, model, within="nothing"):
 
 def made_while_it_runs(function, tree):
     """What the library makes of a model that another thread runs meanwhile, as it always does."""
-    model, x = tree.build().model, tree.example_input()
-    expected = outcome(tree, tree.build().model, {}, ways(tree)["forward"], gradients=False)
+    reference, original = (
+        tree.build(),
+        tree.build(),
+    )  # which hold what a model reaches by weak references alone
+    model, x = original.model, tree.example_input()
+    expected = outcome(tree, reference.model, {}, ways(tree)["forward"], gradients=False)
     found, ended, runs = [], threading.Event(), threading.Event()
 
     def run():

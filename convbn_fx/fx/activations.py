@@ -46,6 +46,18 @@ def save_less(graph_module: GraphModule) -> list[SavedLess]:
     )
     for node in pairs:
         records += _parts(graph_module, node.args[1])
+    # Until there is no more: what takes a product may be rewritten after it.
+    while more := _rewritten(graph_module, is_frozen):
+        records += more
+    graph.lint()
+    graph_module.recompile()
+    return records
+
+
+def _rewritten(graph_module: GraphModule, is_frozen: bool) -> list[SavedLess]:
+    """Goes over the graph once; returns a record of each node that is rewritten."""
+    graph = graph_module.graph
+    records: list[SavedLess] = []
     for node in list(graph.nodes):
         found = _of_module(node, graph_module) if node.op == "call_module" else _of_function(node)
         if found is None:
@@ -58,8 +70,6 @@ def save_less(graph_module: GraphModule) -> list[SavedLess]:
         # The same node, so that names stay.
         node.op, node.target, node.args, node.kwargs = "call_function", target, (first, input), {}
         records += [record, *_parts(graph_module, first)]
-    graph.lint()
-    graph_module.recompile()
     return records
 
 

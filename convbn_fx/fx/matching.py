@@ -15,6 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from convbn_fx import _torch, kinds
+from convbn_fx.functional.activations import product
 from convbn_fx.functional.arithmetic import output_channels
 from convbn_fx.functional.dispatch import FUNCTIONAL_BATCH_NORM
 from convbn_fx.functional.norms import FUSED, batch_norm_that_stays
@@ -349,8 +350,10 @@ def _may_write(node: Node, root: nn.Module) -> bool:
         except Refusal:
             return True
         return False
-    if node.op == "call_module" or target in FUSED:
-        called = [node] if node.op == "call_module" else node.args[:2]
+    if target is product:
+        return False
+    if node.op == "call_module" or target in FUSED or target is batch_norm_that_stays:
+        called = [node] if node.op == "call_module" else node.args[: 1 + (target in FUSED)]
         modules = [
             _module_of(part, root) for part in called if isinstance(part, Node) and part.op != "call_function"
         ]
