@@ -46,8 +46,10 @@ class BatchNorm(NamedTuple, Generic[T]):
 class Activation(NamedTuple):
     """An activation function: its kind, the numbers that it depends on, and whether it overwrites its input.
 
-    `kind` is a key of [`FUNCTIONS`][convbn_fx.functional.activations.FUNCTIONS], or the name of one that is composed of
-    other functions.
+    `kind` is the name of PyTorch's function: `relu`, `hardtanh`, `leaky_relu`, `elu`, `hardsigmoid`, `sigmoid`,
+    `tanh`, `silu`, `hardswish`, `gelu`, `gelu_tanh`, `mish`. Or `composed_silu`, `composed_hardswish`,
+    `composed_hardsigmoid`, `composed_mish`: the same, composed of other functions. Numbers are the bounds of a
+    hardtanh, the slope of a leaky_relu, the alpha of an elu.
     """
 
     kind: str
