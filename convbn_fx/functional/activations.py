@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function
 
 from convbn_fx import _torch, kinds
-from convbn_fx._torch import FakeTensor, has_any_global_hook
+from convbn_fx._torch import has_any_global_hook
 from convbn_fx.functional import native
+from convbn_fx.functional.arithmetic import is_eager, is_plainly_fake
 from convbn_fx.operands import Activation, BatchNorm
 from convbn_fx.records import SavedLess
 
@@ -63,9 +64,7 @@ def activation(function: nn.Module | Activation, input: Tensor, /) -> Tensor:
         assert torch.equal(activation(Activation("hardtanh", (0.0, 6.0)), x), torch.nn.functional.relu6(x))
         ```
     """
-    if isinstance(
-        input, torch.fx.Proxy
-    ):  # somebody traces a rewritten graph again (unpickling does): stay one node
+    if isinstance(input, torch.fx.Proxy):  # a rewritten graph is traced again: stay one node
         return handle_torch_function(activation, (input,), function, input)
     if is_for_the_operator(input) and is_bare(function):
         operands = function if isinstance(function, Activation) else _operands_of(function)
@@ -89,15 +88,9 @@ def product(left: Tensor, right: Tensor, /) -> Tensor:
     """
     if isinstance(left, torch.fx.Proxy):
         return handle_torch_function(product, (left,), left, right)
-    output = multiplied(left, right)
-    return left * right if output is None else output
-
-
-def multiplied(left: Any, right: Any) -> Tensor | None:
-    """The product, saving less; None where it has to be computed as it is written."""
-    if not (is_for_the_operator(left) and is_for_the_operator(right)):
-        return None
-    return torch.ops.convbn_fx.product.default(left, right)  # type: ignore[no-any-return]
+    if is_for_the_operator(left) and is_for_the_operator(right):
+        return torch.ops.convbn_fx.product.default(left, right)  # type: ignore[no-any-return]
+    return left * right
 
 
 def activated(operands: Activation, input: Tensor) -> Tensor:
@@ -111,17 +104,12 @@ def activated(operands: Activation, input: Tensor) -> Tensor:
 
 def is_for_the_operator(input: Any) -> bool:
     """Whether operations on it are recorded and just run: it is a plain tensor, or stands for one without memory."""
-    cls = type(input)
     return (
-        (cls is Tensor or cls is FakeTensor)
+        native.operator is not None
+        and (is_eager(input) or is_plainly_fake(input))
         and input.requires_grad
-        and native.operator is not None
-        and not torch.compiler.is_compiling()
-        and _torch.dispatch_modes() == (cls is FakeTensor)  # the fake tensors' own
-        and not _torch.are_transforms_active()
         and not _torch.is_jit_tracing()
         and not _torch.is_forward_ad_on()
-        and not _torch.is_legacy_batched(input)
     )
 
 
@@ -174,9 +162,7 @@ _OUTPUT_ANYWAY: Final = "saves its output"
 _OUTPUT: Final = "saves its output, not its input"
 _RECOMPUTED: Final = "saves its input, of which its output is recomputed"
 PRODUCT: Final = "saves the factors, of which the product is recomputed"
-_BY_OUTPUT: Final = frozenset(
-    {"relu", "hardtanh", "leaky_relu", "elu", "hardsigmoid", "composed_hardsigmoid", "sigmoid", "tanh"}
-)
+_BY_OUTPUT: Final = frozenset({"hardtanh", "leaky_relu", "elu", "hardsigmoid", "composed_hardsigmoid"})
 
 
 def _operands_of(module: nn.Module) -> Activation | None:

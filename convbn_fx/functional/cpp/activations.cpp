@@ -5,7 +5,6 @@
 // norm that stays. Where nothing trains, nobody saves the output, and a mask of one byte an element tells enough.
 
 #include <ATen/EmptyTensor.h>
-#include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
 #include "recomputation.h"
@@ -121,7 +120,7 @@ struct FrozenBatchNorm : torch::autograd::Function<FrozenBatchNorm> {
       double eps,
       const Kept& kept) {
     at::AutoDispatchBelowADInplaceOrView below;
-    variable_list saved = {weight ? *weight : Tensor(), mean, var};
+    variable_list saved = {or_undefined(weight), mean, var};
     saved.insert(saved.end(), kept.tensors.begin(), kept.tensors.end());
     ctx->save_for_backward(saved);
     kept.recipe.save(ctx);
@@ -137,11 +136,7 @@ struct FrozenBatchNorm : torch::autograd::Function<FrozenBatchNorm> {
       return found;
     }
     const variable_list saved = ctx->get_saved_variables();
-    const Recipe recipe = Recipe::saved(ctx);
-    Tensor input = recipe(variable_list(saved.begin() + 3, saved.end()));
-    if (!recipe.is_empty()) {
-      input = with_history(input, edge_of_input(0));
-    }
+    const Tensor input = as_it_was(Recipe::saved(ctx), variable_list(saved.begin() + 3, saved.end()), 0);
     const auto is_there = ctx->saved_data["is_there"].toIntVector();
     const bool wants_input = ctx->needs_input_grad(0);
     size_t edge = 1; // of the tensors that there were
@@ -150,7 +145,7 @@ struct FrozenBatchNorm : torch::autograd::Function<FrozenBatchNorm> {
     const auto gradients = at::native_batch_norm_backward(
         grad_outputs[0],
         input,
-        saved[0].defined() ? OptionalTensor(saved[0]) : OptionalTensor(),
+        or_none(saved[0]),
         saved[1],
         saved[2],
         OptionalTensor(),
@@ -188,13 +183,8 @@ struct Product : torch::autograd::Function<Product> {
     }
     const variable_list saved = ctx->get_saved_variables();
     const auto middle = saved.begin() + ctx->saved_data["of_left"].toInt();
-    const auto factor = [&](const std::string& name, size_t edge, variable_list tensors) {
-      const Recipe recipe = Recipe::saved(ctx, name);
-      const Tensor value = recipe(tensors);
-      return recipe.is_empty() ? value : with_history(value, edge_of_input(edge));
-    };
-    const Tensor left = factor("left", 0, variable_list(saved.begin(), middle));
-    const Tensor right = factor("right", 1, variable_list(middle, saved.end()));
+    const Tensor left = as_it_was(Recipe::saved(ctx, "left"), variable_list(saved.begin(), middle), 0);
+    const Tensor right = as_it_was(Recipe::saved(ctx, "right"), variable_list(middle, saved.end()), 1);
     if (ctx->needs_input_grad(0)) {
       found[0] = (grad * right).sum_to_size(left.sizes());
     }
@@ -242,11 +232,6 @@ Tensor values_of(const Tensor& tensor, bool& is_free) {
   return values;
 }
 
-bool is_autocast_on(const Tensor& tensor) {
-  const auto device = tensor.device().type();
-  return at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device);
-}
-
 // As PyTorch's own, and as it records it.
 Tensor as_ever(Tensor input, const Activation& activation, bool in_place) {
   if (!in_place) {
@@ -257,7 +242,7 @@ Tensor as_ever(Tensor input, const Activation& activation, bool in_place) {
 }
 
 Tensor recorded(Tensor input, const Activation& activation, bool in_place) {
-  const bool casts = activation.is_composed() && is_autocast_on(input); // for some of the functions
+  const bool casts = activation.is_composed() && is_autocast_on(input.device().type()); // for some of the functions
   if (casts || !activation.is_told_in(input.scalar_type())) {
     return as_ever(input, activation, in_place);
   }
@@ -333,7 +318,7 @@ Tensor frozen_batch_norm(
   Kept kept = Origin::keep(input);
   const Tensor output = FrozenBatchNorm::apply(input, weight, bias, mean, var, eps, kept);
   kept.recipe = kept.recipe.then_batch_norm(eps);
-  kept.tensors.insert(kept.tensors.end(), {weight ? *weight : Tensor(), bias ? *bias : Tensor(), mean, var});
+  kept.tensors.insert(kept.tensors.end(), {or_undefined(weight), or_undefined(bias), mean, var});
   Origin::set(output, kept);
   return output;
 }

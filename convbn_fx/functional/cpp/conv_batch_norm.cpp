@@ -11,7 +11,6 @@
 // because the weight is the larger or in half precision; and apart, the two operations of Eval mode. autograd.py is the
 // same in Python, operation by operation.
 
-#include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
@@ -251,7 +250,6 @@ struct ConvBatchNorm : torch::autograd::Function<ConvBatchNorm> {
       bool is_scaled) {
     const bool wants_input = input.requires_grad(), wants_weight = weight.requires_grad(),
                wants_gamma = requires_grad(gamma);
-    const auto or_undefined = [](const OptionalTensor& tensor) { return tensor ? *tensor : Tensor(); };
     variable_list saved = {
         wants_input || wants_gamma ? weight : Tensor(),
         wants_gamma ? or_undefined(bias) : Tensor(),
@@ -335,10 +333,6 @@ struct ConvBatchNorm : torch::autograd::Function<ConvBatchNorm> {
   }
 
  private:
-  static OptionalTensor or_none(const Tensor& tensor) {
-    return tensor.defined() ? OptionalTensor(tensor) : OptionalTensor();
-  }
-
   // What is saved, unpacked once in a backward pass: a region that is recomputed gives each tensor out once.
   static variable_list unpacked(AutogradContext* ctx) {
     const auto known = ctx->saved_data.find(kUnpacked);
@@ -426,8 +420,7 @@ bool comes_from_frozen_pairs(const Tensor& tensor) {
 // a convolution, except those in float64.
 std::optional<at::ScalarType> computing_dtype(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
   const auto own = input.scalar_type(), of_weight = weight.scalar_type(), of_bias = bias ? bias->scalar_type() : of_weight;
-  if (at::autocast::is_autocast_available(input.device().type()) &&
-      at::autocast::is_autocast_enabled(input.device().type())) {
+  if (is_autocast_on(input.device().type())) {
     for (const auto dtype : {own, of_weight, of_bias}) {
       if (!at::isFloatingType(dtype) || dtype == at::kDouble) {
         return std::nullopt;

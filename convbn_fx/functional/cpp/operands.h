@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/autocast_mode.h>
 
 #include <numeric>
 #include <optional>
@@ -122,6 +123,18 @@ inline Tensor at_least_float(const Tensor& tensor) {
 
 inline bool requires_grad(const OptionalTensor& tensor) {
   return tensor && tensor->requires_grad();
+}
+
+inline OptionalTensor or_none(const Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : OptionalTensor();
+}
+
+inline Tensor or_undefined(const OptionalTensor& tensor) {
+  return tensor ? *tensor : Tensor();
+}
+
+inline bool is_autocast_on(c10::DeviceType device) {
+  return at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device);
 }
 
 // The values of a tensor are memory of the CPU that may be read: nobody traces, batches or wraps it.

@@ -61,7 +61,6 @@ class Recipe {
     std::vector<Tensor> stack;
     auto tensor = tensors.begin();
     auto number = numbers_.begin();
-    const auto or_none = [](const Tensor& value) { return value.defined() ? OptionalTensor(value) : OptionalTensor(); };
     for (const int64_t step : steps_) {
       if (step == kTensor) {
         stack.push_back(*tensor++);
@@ -265,6 +264,11 @@ inline Tensor with_history(Tensor tensor, const torch::autograd::Edge& edge) {
 inline torch::autograd::Edge edge_of_input(size_t number) {
   const auto node = torch::autograd::get_current_node();
   return node ? node->next_edge(number) : torch::autograd::Edge();
+}
+
+// What was saved for the sake of an input, as it was: computed again, and with its history, unless it is what is saved.
+inline Tensor as_it_was(const Recipe& recipe, const variable_list& tensors, size_t input) {
+  return recipe.is_empty() ? tensors[0] : with_history(recipe(tensors), edge_of_input(input));
 }
 
 // Lets an activation that has to compute its output again know that it was computed just now: its node is about to run.
